@@ -1,0 +1,187 @@
+"""Ranks, shards and collectives: which process this is, which rows it owns, and gathers whose gradients are exact.
+
+Ownership is always by *global* rank; the local rank chooses the device and nothing else.
+Legend: B global batch, b local batch (rows of this rank), D feature size, W world size.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from protomem.errors import UserError
+
+
+@dataclass(frozen=True)
+class Context:
+    """This process: global rank, world size, local rank, device, and who launched it (torchrun, slurm, single)."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    launcher: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def detect_launcher(env=os.environ) -> tuple[str, int, int, int]:
+    """Return (launcher, rank, world size, local rank): torchrun's variables win, then Slurm's, then a single process."""
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return "torchrun", int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in env:
+        return "slurm", int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
+    return "single", 0, 1, 0
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """`auto` takes the local rank's GPU where there is one, else the CPU; `cpu` and `cuda` are taken at their word."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device={name} is not one of auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no GPU; use device=cpu or install a CUDA build of torch")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"local rank {local_rank} has no GPU: only {torch.cuda.device_count()} visible; lower --nproc-per-node")
+    return torch.device("cuda", local_rank)
+
+
+def init(device: str = "auto", timeout_s: float = 600.0) -> Context:
+    """Join the process group if a launcher started several ranks (nccl on GPUs, gloo on CPUs); call once, first.
+
+    Raises UserError for an impossible device, and for a Slurm launch without MASTER_ADDR/MASTER_PORT.
+    """
+    launcher, rank, world, local = detect_launcher()
+    chosen = choose_device(device, local)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world > 1 and not dist.is_initialized():
+        missing = [k for k in ("MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+        if missing:
+            raise UserError(f"{launcher} started {world} ranks but {' and '.join(missing)} is not set; export it before srun")
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=world,
+            timeout=datetime.timedelta(seconds=timeout_s),
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    return Context(rank, world, local, chosen, launcher)
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+# --- who owns what -------------------------------------------------------------------------------------------------
+
+
+def shard_bounds(n: int, rank: int, world: int) -> tuple[int, int]:
+    """Rows [start, stop) of `rank` when n learned rows are split as torch.chunk splits them: ceil(n/W) each, the last
+    ranks short or empty. DTensor checkpoints reshard rightly only with this split."""
+    size = -(-n // world)
+    return min(rank * size, n), min((rank + 1) * size, n)
+
+
+def batch_bounds(n: int, rank: int, world: int) -> tuple[int, int]:
+    """Rows [start, stop) of `rank` of a global batch of n: as even as can be, the first n % W ranks get one more."""
+    size, rest = divmod(n, world)
+    start = rank * size + min(rank, rest)
+    return start, start + size + (rank < rest)
+
+
+# --- collectives ---------------------------------------------------------------------------------------------------
+# torch 2.13 renamed the flat collectives; 2.11 has only the old names.
+_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+    """In-place all-reduce without gradient (sum, max or min); returns the tensor. A no-op in a single process."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op])
+    return tensor
+
+
+def _pad_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+    if x.shape[0] == rows:
+        return x.contiguous()
+    return torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
+
+
+def gather_rows(x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """[b, ...] on each rank -> [B, ...] on all, in rank order, without gradient. `sizes[r]` = rows of rank r.
+
+    Ranks may hold different numbers of rows (also none): rows travel padded to the longest.
+    """
+    if world_size() == 1:
+        return x
+    longest = max(sizes)
+    out = x.new_empty(longest * len(sizes), *x.shape[1:])
+    _all_gather_flat(out, _pad_rows(x, longest))
+    if min(sizes) == longest:
+        return out
+    return torch.cat([part[:size] for part, size in zip(out.split(longest), sizes)])
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, sizes):
+        ctx.sizes = sizes
+        return gather_rows(x, sizes)
+
+    @staticmethod
+    def backward(ctx, grad):
+        sizes, longest = ctx.sizes, max(ctx.sizes)
+        padded = grad if min(sizes) == longest else torch.cat([_pad_rows(p, longest) for p in grad.split(sizes)])
+        out = grad.new_empty(longest, *grad.shape[1:])
+        _reduce_scatter_flat(out, padded.contiguous())
+        # The one factor W of the whole project: the loss is the mean over the global batch and DDP averages encoder
+        # gradients over ranks, so the sum that arrives here is multiplied by W to survive that mean.
+        return out[: sizes[rank()]] * len(sizes), None
+
+
+def gather_with_grad(x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Differentiable `gather_rows`. Backward: reduce-scatter SUM, times W (see DESIGN: gradient scale)."""
+    if world_size() == 1:
+        return x
+    return _GatherWithGrad.apply(x, sizes)
+
+
+def gather_objects(value) -> list:
+    """One small picklable value per rank -> the list of all, on every rank (for messages and statistics, not steps)."""
+    if world_size() == 1:
+        return [value]
+    out = [None] * world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def broadcast_object(value):
+    """Rank 0's small picklable value, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

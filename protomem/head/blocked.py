@@ -1,0 +1,176 @@
+"""The blocked head: plain torch over blocks of prototype rows, gradients in closed form, bounded memory.
+
+Per block of K rows one GEMM gives B x K logits, which are used up while they are in cache; nothing of size B x C and no
+normalised copy of the rows is ever allocated. Logits of the first blocks are kept for the backward while they fit in
+`store_mb`; the others are computed again. d loss / d rows goes straight into the shard's one gradient buffer, with the
+backward of the normalisation folded in as a rank-one correction per row. With u_j = w_j / |w_j| and g = d loss / d lse:
+
+    p_ij = g_i s exp(z_ij - lse_i) slope_ij            for negatives; the target has its own fp32 path
+    d x_i = sum_j p_ij u_j                             d w_j = (sum_i p_ij x_i - (sum_i p_ij cos_ij) u_j) / |w_j|
+
+Legend: B global batch, C prototype rows of this rank, K rows of a block, D feature size.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from protomem import distributed
+from protomem.head.contract import Columns, Negatives, combine_lse, inverse_norm
+from protomem.head.operands import Operands
+
+HIDDEN = -1e30  # a logit that is not there: finite, so that 0 * HIDDEN is 0
+
+
+def block_rows(batch: int) -> int:
+    """Rows per block: about 1 MiB of fp32 logits, which stay in a core's cache (our default)."""
+    return max(256, min(8192, (1 << 18) // max(1, batch) // 64 * 64))
+
+
+class _Pool:
+    """Buffers that live on between steps: on CPUs the page faults of fresh ones cost more than the arithmetic."""
+
+    def __init__(self):
+        self.free: list[torch.Tensor] = []
+
+    def take(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+        for k, buffer in enumerate(self.free):
+            if buffer.numel() == rows * columns and buffer.dtype == like.dtype and buffer.device == like.device:
+                return self.free.pop(k).view(rows, columns)
+        return like.new_empty(rows, columns)
+
+    def give(self, buffer: torch.Tensor) -> None:
+        self.free = [buffer, *self.free][:4]  # two loss terms need two kept-logit buffers and two scratch ones
+
+
+_pool = _Pool()
+
+
+def _hide(z, columns: Columns, start: int, stop: int) -> None:
+    """Take targets and empty rows out of the logits z [B, K] of rows start:stop. No host sync."""
+    inside = (columns.target >= start) & (columns.target < stop)
+    place = (columns.target - start).clamp(0, stop - start - 1)[:, None]
+    z.scatter_(1, place, torch.where(inside[:, None], torch.full_like(place, HIDDEN, dtype=z.dtype), z.gather(1, place)))
+    if columns.valid is not None:
+        z.masked_fill_(~columns.valid[start:stop], HIDDEN)
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, columns: Columns, scale, negatives: Negatives | None, operands: Operands, block, store, keep):
+        rows, (b, c) = columns.rows, (len(x), len(columns.rows))
+        owned = (columns.target >= 0)[:, None]
+        mine = rows[columns.target.clamp_min(0)].to(x.dtype) * owned if c else torch.zeros_like(x)  # [B, D]
+        if not columns.unit:
+            mine = mine * inverse_norm(mine)[:, None]
+        cos_y = distributed.all_reduce((x * mine).sum(1), "sum")
+        inverse = torch.ones(c, dtype=x.dtype, device=x.device)
+        kept_blocks = min(-(-c // block), store // max(1, b * block * x.element_size())) if keep else 0
+        kept = _pool.take(kept_blocks, b * block, x) if kept_blocks else None
+        scratch = _pool.take(2, b * block, x) if c else None
+        xg = operands.prepare(x)
+        top, total = x.new_full((b,), HIDDEN), x.new_zeros(b)
+        for k, start in enumerate(range(0, c, block)):
+            stop = min(start + block, c)
+            w = rows[start:stop]
+            if not columns.unit:
+                inverse[start:stop] = inverse_norm(w)
+            z = _view(kept[k] if k < kept_blocks else scratch[0], b, stop - start)
+            operands.matmul(xg, operands.prepare(w).t(), out=z)
+            z.mul_(inverse[start:stop] * scale)
+            _hide(z, columns, start, stop)
+            seen = _view(scratch[1], b, stop - start)
+            if negatives is None:
+                values = z
+            else:
+                values = torch.where(z == HIDDEN, z, scale * negatives.value(z / scale, cos_y[:, None]))
+            higher = torch.maximum(top, values.amax(1))
+            total.mul_((top - higher).exp_())
+            total += torch.sub(values, higher[:, None], out=seen).exp_().sum(1)
+            top = higher
+        none = top <= HIDDEN / 2
+        lse = combine_lse(top.masked_fill(none, float("-inf")), total.masked_fill(none, 0))
+        if scratch is not None:
+            _pool.give(scratch)
+        ctx.columns, ctx.scale, ctx.negatives, ctx.operands, ctx.block = columns, scale, negatives, operands, block
+        ctx.kept, ctx.kept_blocks = kept, kept_blocks
+        ctx.save_for_backward(x, mine, cos_y, lse, inverse)
+        return cos_y, lse
+
+    @staticmethod
+    def backward(ctx, g_cos, g_lse):
+        x, mine, cos_y, lse, inverse = ctx.saved_tensors
+        columns, scale, operands, block = ctx.columns, ctx.scale, ctx.operands, ctx.block
+        rows, sink, (b, c) = columns.rows, columns.sink, (len(x), len(columns.rows))
+        scratch = _pool.take(2, b * block, x) if c else None
+        xg = operands.prepare(x)
+        dx = mine * g_cos[:, None]
+        factor = (g_lse * scale)[:, None]
+        shift = torch.where(lse.isinf(), torch.zeros_like(lse), lse)[:, None]
+        for k, start in enumerate(range(0, c, block)):
+            stop = min(start + block, c)
+            w = rows[start:stop]
+            wg = operands.prepare(w)
+            z = _view(ctx.kept[k] if k < ctx.kept_blocks else scratch[0], b, stop - start)
+            if k >= ctx.kept_blocks:
+                operands.matmul(xg, wg.t(), out=z)
+                z.mul_(inverse[start:stop] * scale)
+                _hide(z, columns, start, stop)
+            p = _view(scratch[1], b, stop - start)
+            if ctx.negatives is None:
+                torch.sub(z, shift, out=p).exp_()
+            else:
+                cos, hidden = z / scale, z == HIDDEN
+                value = ctx.negatives.value(cos, cos_y[:, None])
+                p.copy_((scale * value - shift).exp() * ctx.negatives.slope(cos, cos_y[:, None])).masked_fill_(hidden, 0)
+            p.mul_(factor)
+            if not columns.unit:
+                p.mul_(inverse[start:stop])
+            pg = operands.prepare(p)
+            operands.addmm(dx, pg, wg)
+            if sink is not None:
+                grad = sink.buffer[start:stop]
+                if sink.fresh:
+                    operands.matmul(pg.t(), xg, out=grad)
+                else:
+                    operands.addmm(grad, pg.t(), xg)
+                along = z.mul_(p).sum(0).mul_(inverse[start:stop]).div_(-scale)
+                grad.addcmul_(w, along[:, None])
+        if sink is not None:
+            if c:
+                tangent = (x - cos_y[:, None] * mine) * g_cos[:, None]
+                place = columns.target.clamp_min(0)
+                own = (columns.target >= 0).to(x.dtype) * inverse[place]
+                sink.buffer.index_add_(0, place, (tangent * own[:, None]).to(sink.buffer.dtype))
+            sink.fresh = False
+        for buffer in (scratch, ctx.kept):
+            if buffer is not None:
+                _pool.give(buffer)
+        ctx.kept = None
+        return dx, None, None, None, None, None, None, None
+
+
+def _view(buffer: torch.Tensor, b: int, width: int) -> torch.Tensor:
+    """The first b * width numbers of a flat scratch row, as a contiguous [b, width] matrix."""
+    return buffer[: b * width].view(b, width)
+
+
+def blocked_head(
+    x: torch.Tensor,
+    columns: Columns,
+    scale: float,
+    negatives: Negatives | None = None,
+    *,
+    precision: str = "fp32",
+    block: int = 0,
+    store_mb: float = 16.0,
+):
+    """(cos_y [B], lse_neg [B]) of unit embeddings x [B, D]; see protomem/head/contract.py.
+
+    precision: `fp32`, or `bf16` for bf16 GEMM operands with fp32 sums, target path and softmax statistics.
+    block: rows per block (0: `block_rows(B)`). store_mb: MiB of logits kept for the backward (our default: 16).
+    """
+    block = min(block or block_rows(len(x)), max(1, len(columns.rows)))
+    keep = torch.is_grad_enabled() and (x.requires_grad or columns.sink is not None)
+    operands = Operands(precision if x.dtype == torch.float32 else "fp32")
+    return _Head.apply(x, columns, scale, negatives, operands, block, int(store_mb * 2**20), keep)

@@ -1,0 +1,97 @@
+"""The head contract: what every back end takes and returns, and how ranks combine their parts.
+
+A head compares B gathered unit embeddings with this rank's prototype rows and returns, equal on every rank,
+  cos_y   [B]  cosine to the own prototype (the owner computes it; one SUM all-reduce), and
+  lse_neg [B]  log-sum-exp of the scaled logits of the *negatives only*, over all ranks.
+The loss is then softplus(lse_neg - z_y): exact in fp32 where subtracting the target from a full log-sum-exp is not, no
+clamp on a probability, and every target-only margin is a function of [B] numbers.
+
+Back ends (`dense`, `blocked`) share this file; `HEADS` in protomem/head/__init__.py names them.
+Legend: B global batch, C prototype rows of this rank (may be 0), D feature size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+
+from protomem import distributed
+
+
+class GradSink:
+    """Where a head writes d loss / d rows: one buffer per shard that lives as long as the shard.
+
+    A fresh gradient of a large shard costs more in page faults than in arithmetic, so the buffer is reused: the first
+    write of a step overwrites, later ones (gradient accumulation, several loss terms) add.
+    """
+
+    def __init__(self):
+        self.buffer: torch.Tensor | None = None
+        self.fresh = True
+
+    def begin(self, like: torch.Tensor) -> torch.Tensor:
+        """Start a step; returns the buffer [C, D] that the first write will overwrite."""
+        if self.buffer is None or self.buffer.shape != like.shape or self.buffer.dtype != like.dtype:
+            self.buffer = torch.zeros_like(like)
+        self.fresh = True
+        return self.buffer
+
+    def add(self, grad: torch.Tensor) -> None:
+        """Add one whole gradient [C, D] (used by `dense`; `blocked` writes block by block)."""
+        if self.fresh:
+            self.buffer.copy_(grad)
+        else:
+            self.buffer.add_(grad)
+        self.fresh = False
+
+
+@dataclass
+class Columns:
+    """This rank's prototypes as the head sees them.
+
+    rows   [C, D] prototypes, normalised by the head unless `unit`
+    target [B]    local row of each sample's identity, -1 where another rank owns it
+    sink          receives d loss / d rows; None for rows that are constants
+    valid  [C]    False for rows that hold nothing (empty memory slots); None: all valid
+    """
+
+    rows: torch.Tensor
+    target: torch.Tensor
+    sink: GradSink | None = None
+    unit: bool = False
+    valid: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """A margin's effect on negatives: z_j = s * value(cos_j, cos_y), with slope = d value / d cos_j.
+
+    Both take cos [B, K] and cos_y [B, 1] and return [B, K]; no gradient ever flows through cos_y here.
+    """
+
+    value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    slope: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def inverse_norm(rows: torch.Tensor) -> torch.Tensor:
+    """1 / ||row||, [C]; a zero row keeps the norm 1e-12 and so a cosine of zero with everything."""
+    return torch.linalg.vector_norm(rows, dim=1).clamp_min_(1e-12).reciprocal_()
+
+
+def combine_lse(top: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exp over ranks from each rank's row maxima `top` [B] (-inf where a rank has no negative) and
+    `total` [B] = sum exp(z - top). Returns [B], -inf only where no rank has a negative. No gradient."""
+    highest = distributed.all_reduce(top.clone(), "max")
+    shift = torch.where(highest.isinf(), torch.zeros_like(highest), highest)
+    total = distributed.all_reduce(total * (top - shift).exp(), "sum")  # exp(-inf - finite) = 0: an empty shard is silent
+    return total.log() + shift
+
+
+def objective(cos_y_logit: torch.Tensor, lse_neg: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy per sample [B] from the target logit z_y [B] and lse_neg [B]: softplus(lse_neg - z_y).
+
+    Written as -logsigmoid because torch's softplus turns linear above 20 and loses 2e-9 of its gradient there.
+    """
+    return -torch.nn.functional.logsigmoid(cos_y_logit - lse_neg)

@@ -1,0 +1,66 @@
+"""The reference head: plain torch, autograd, the whole [B, C] matrix. Simple enough to be believed; for tests and small C."""
+
+from __future__ import annotations
+
+import torch
+
+from protomem import distributed
+from protomem.head.contract import Columns, Negatives, combine_lse
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """SUM all-reduce whose result is used identically on every rank: each rank's part gets the full gradient once."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return distributed.all_reduce(x.clone(), "sum")
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class _LseOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, local):
+        lse = combine_lse(local, torch.ones_like(local).masked_fill(local.isinf(), 0))
+        ctx.save_for_backward(local, lse)
+        return lse
+
+    @staticmethod
+    def backward(ctx, grad):
+        local, lse = ctx.saved_tensors
+        share = torch.where(local.isinf(), torch.zeros_like(local), (local - lse).exp())
+        return grad * share
+
+
+def dense_head(x: torch.Tensor, columns: Columns, scale: float, negatives: Negatives | None = None, **_unused):
+    """(cos_y [B], lse_neg [B]) of unit embeddings x [B, D]; see protomem/head/contract.py."""
+    rows = columns.rows.detach()
+    if columns.sink is not None and torch.is_grad_enabled():
+        rows.requires_grad_()
+
+        def deliver(leaf):
+            columns.sink.add(leaf.grad)
+            leaf.grad = None
+
+        rows.register_post_accumulate_grad_hook(deliver)
+    unit = rows if columns.unit else rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    cos = x @ unit.to(x.dtype).t()
+    owned = columns.target >= 0
+    is_target = torch.zeros(cos.shape, dtype=torch.bool, device=cos.device)
+    is_target[owned.nonzero().squeeze(1), columns.target[owned]] = True
+    cos_y = _SumOverRanks.apply(cos.masked_fill(~is_target, 0).sum(1))
+    if negatives is not None:
+        value = negatives.value(cos.detach(), cos_y.detach()[:, None])
+        slope = negatives.slope(cos.detach(), cos_y.detach()[:, None])
+        cos = value + slope * (cos - cos.detach())
+    hidden = is_target if columns.valid is None else is_target | ~columns.valid
+    logits = (scale * cos).masked_fill(hidden, float("-inf"))
+    # logsumexp has no gradient over a row that is all -inf, and none is wanted: route such rows around it.
+    some = ~hidden.all(1) if hidden.shape[1] else torch.zeros_like(owned)
+    local = logits.new_full((len(x),), float("-inf"))
+    if hidden.shape[1]:
+        safe = torch.where(some[:, None], logits, torch.zeros_like(logits)).logsumexp(1)
+        local = torch.where(some, safe, local)
+    return cos_y, _LseOverRanks.apply(local)

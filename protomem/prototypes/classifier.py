@@ -1,0 +1,52 @@
+"""Learned prototypes: one row per identity, rows split over ranks (the classifier of CosFace, ArcFace, ...)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from protomem import distributed
+from protomem.head import Columns, GradSink
+from protomem.seeds import mix
+
+INIT_ROWS = 4096  # rows drawn from one stream, so that the initial matrix does not depend on the number of ranks
+
+
+def initial_rows(start: int, stop: int, size: int, std: float, seed: int) -> torch.Tensor:
+    """Rows start:stop of the initial prototype matrix [C_total, size]: N(0, std), a function of (seed, row) alone."""
+    parts = [torch.empty(0, size)]
+    for chunk in range(start // INIT_ROWS, -(-stop // INIT_ROWS)):
+        generator = torch.Generator().manual_seed(mix(seed, chunk))
+        rows = torch.randn(INIT_ROWS, size, generator=generator) * std
+        first = chunk * INIT_ROWS
+        parts.append(rows[max(start - first, 0) : stop - first])
+    return torch.cat(parts)
+
+
+class ClassifierShard(nn.Module):
+    """This rank's rows of the prototype matrix [C_total, D]; rows [first, last) as torch.chunk splits them.
+
+    `weight` [C, D] is an ordinary parameter for any optimizer; its gradient is written by the head (not autograd).
+    """
+
+    row_sparse = False
+
+    def __init__(self, num_identities: int, embedding_size: int, *, seed: int = 0, std: float = 0.01):
+        super().__init__()
+        self.num_identities = num_identities
+        self.first, self.last = distributed.shard_bounds(num_identities, distributed.rank(), distributed.world_size())
+        self.weight = nn.Parameter(initial_rows(self.first, self.last, embedding_size, std, seed))
+        self.sink = GradSink()
+
+    def begin_step(self, labels: torch.Tensor, step: int) -> None:
+        """Start a step whose global batch (all of its micro-batches) has these labels [B]."""
+        self.weight.grad = self.sink.begin(self.weight.detach())
+
+    def columns(self, labels: torch.Tensor) -> Columns:
+        """This rank's prototypes for a (micro-)batch with the gathered labels [B]."""
+        mine = (labels >= self.first) & (labels < self.last)
+        return Columns(self.weight.detach(), torch.where(mine, labels - self.first, -1), self.sink)
+
+    def gradient(self) -> torch.Tensor:
+        """The shard's gradient of this step [C, D] (for clipping and loss scaling, in place)."""
+        return self.sink.buffer

@@ -1,0 +1,43 @@
+"""Sampled shards: per step only the batch's identities and a random share of the others (Partial FC, An et al. 2022)."""
+
+from __future__ import annotations
+
+import torch
+
+from protomem import distributed
+from protomem.head import Columns
+from protomem.prototypes.classifier import ClassifierShard
+from protomem.seeds import mix
+
+
+class SampledShard(ClassifierShard):
+    """A classifier shard of which `rate` takes part in each step: all identities of the batch first, then random ones.
+
+    The number of rows is the same at every step, max(rate * C, min(B, C)), so nothing waits for the device; with more
+    identities in the batch than rate * C the published code takes the batch's identities alone, this takes B rows.
+    The update is truly sparse: the optimizer (RowSGD, RowAdamW) reads `weight.row_grad` = (rows [S], gradient [S, D])
+    and leaves every other row and its state as it is. Which negatives are drawn depends on (seed, step, rank).
+    """
+
+    row_sparse = True
+
+    def __init__(self, num_identities: int, embedding_size: int, *, rate: float, seed: int = 0, std: float = 0.01):
+        super().__init__(num_identities, embedding_size, seed=seed, std=std)
+        self.rate, self.seed = rate, seed
+
+    def begin_step(self, labels: torch.Tensor, step: int) -> None:
+        count, device = self.last - self.first, self.weight.device
+        size = max(int(self.rate * count), min(len(labels), count))
+        generator = torch.Generator(device).manual_seed(mix(self.seed, step, distributed.rank()))
+        score = torch.rand(count + 1, generator=generator, device=device)  # one spare place for foreign labels
+        score[torch.where((labels >= self.first) & (labels < self.last), labels - self.first, count)] = 2.0
+        self.index = score[:count].topk(size).indices.sort().values
+        self.active = self.weight.detach()[self.index]
+        self.weight.row_grad = (self.index, self.sink.begin(self.active))
+
+    def columns(self, labels: torch.Tensor) -> Columns:
+        mine = (labels >= self.first) & (labels < self.last)
+        if not len(self.index):
+            return Columns(self.active, torch.full_like(labels, -1), self.sink)
+        place = torch.searchsorted(self.index, labels - self.first).clamp_max(len(self.index) - 1)
+        return Columns(self.active, torch.where(mine, place, -1), self.sink)
