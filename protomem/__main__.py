@@ -1,0 +1,3 @@
+from protomem.cli import main
+
+main()

@@ -1,0 +1,101 @@
+"""The command line: `protomem train|evaluate|embed|report|data`. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from protomem.data.commands import app as data_app
+from protomem.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train face embeddings on millions of identities, with prototypes sharded over ranks.",
+)
+app.add_typer(data_app, name="data", help="Look at, check, convert and make training data and verification pairs.")
+
+
+@app.command()
+def train(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG.yaml... key=value...", help="Config files, merged in order, then single values."),
+    ],
+):
+    """Train from a config; goes on from the last checkpoint in its output folder.
+
+    One process: protomem train configs/quickstart.yaml. Several: launch/local.sh 2 configs/quickstart.yaml, or
+    torchrun --nproc-per-node=8 -m protomem train CONFIG. All keys with their meaning: configs/default.yaml.
+    """
+    from protomem import config
+
+    loaded = config.load(*config.split_arguments(arguments))
+    from protomem import trainer
+
+    trainer.train(loaded)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's output folder (its last checkpoint) or a checkpoint folder.")],
+    pairs: Annotated[list[Path], typer.Argument(metavar="PAIRS.bin...", help="Verification sets in insightface's form.")],
+    flip: Annotated[bool, typer.Option(help="Add the embedding of the mirrored image (the field's flip-sum).")] = False,
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+):
+    """Verify pairs with a trained encoder: 10-fold accuracy, TAR@FAR, AUC, EER. Works under torchrun, too."""
+    from protomem import commands
+
+    commands.evaluate(run, pairs, flip=flip, batch_size=batch_size, device=device, json_output=json_output)
+
+
+@app.command()
+def embed(
+    run: Annotated[Path, typer.Argument(help="A run's output folder (its last checkpoint) or a checkpoint folder.")],
+    data: Annotated[str, typer.Argument(help="RecordIO set, class folders or tar shards.")],
+    output: Annotated[Path, typer.Argument(help="An .npz file: embeddings [n, D] float32, labels [n].")],
+    flip: Annotated[bool, typer.Option(help="Add the embedding of the mirrored image.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+):
+    """Write the embeddings (not normalised: the norm carries quality) and labels of a whole set."""
+    from protomem import commands
+
+    commands.embed(run, data, output, flip=flip, batch_size=batch_size, device=device)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run's output folder.")]):
+    """Write report.html of a run again, also while it is training."""
+    from protomem.report import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+def version(
+    full: Annotated[Optional[bool], typer.Option("--full", help="Also versions of torch, DALI, the machine.")] = False,
+):
+    """Print protomem's version."""
+    import protomem
+
+    print(protomem.__version__)
+    if full:
+        from protomem.environment import environment
+
+        for key, value in environment().items():
+            print(f"{key}: {value}")
+
+
+def main() -> None:
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,169 @@
+"""Cached index files: what it costs minutes to find out about a data set is written once and memory-mapped afterwards.
+
+One file holds a JSON header and plain little-endian arrays. It lies beside the data, or, where that folder cannot be
+written, in $XDG_CACHE_HOME/protomem. It is valid as long as the sizes and modification times of the data files are the
+same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from protomem.errors import UserError
+
+_HEADER_BYTES = 4096
+_VERSION = 1  # raise it when the content of any index changes: old files are then rebuilt
+
+
+def file_stamp(paths: Iterable[Path]) -> str:
+    """A hash of the names, sizes and modification times of `paths`; a file that does not exist counts as absent."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        try:
+            status = path.stat()
+            digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        except FileNotFoundError:
+            digest.update(f"{path.name}\0absent\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def side_paths(stem: Path, suffix: str) -> tuple[Path, Path]:
+    """Where a file that protomem derives from the data may lie: beside the data, and in the user's cache folder."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "protomem"
+    absolute = stem.absolute()
+    tag = hashlib.blake2b(os.fsencode(absolute), digest_size=8).hexdigest()
+    return Path(f"{absolute}{suffix}"), root / f"{absolute.parent.name}-{absolute.name}-{tag}{suffix}"
+
+
+def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
+    """Call `write(file)` on a temporary binary file in the same folder, then rename it to `path`."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_beside(stem: Path, suffix: str, write: Callable[[Any], None]) -> Path | None:
+    """Write a derived file beside the data, else into the cache folder. Returns its path, None if neither can be
+    written."""
+    for path in side_paths(stem, suffix):
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, write)
+            return path
+    return None
+
+
+def save_index(stem: Path, kind: str, stamp: str, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> Path | None:
+    """Store 1-D arrays and a small JSON-able `meta`. Returns the file's path, None if no place could be written."""
+    layout, position = {}, _HEADER_BYTES
+    for name, array in arrays.items():
+        layout[name] = (array.dtype.newbyteorder("<").str, len(array), position)
+        position += -(-array.nbytes // 64) * 64  # every array starts at a multiple of 64 bytes
+    header = {
+        "protomem_index": _VERSION,
+        "kind": kind,
+        "stamp": stamp,
+        "meta": meta,
+        "arrays": layout,
+        "size": position,
+    }
+    text = json.dumps(header).encode()
+    if len(text) > _HEADER_BYTES:
+        raise ValueError(f"index header needs {len(text)} bytes, {_HEADER_BYTES} are reserved")
+
+    def write(file):
+        file.write(text.ljust(_HEADER_BYTES))
+        for name, array in arrays.items():
+            file.seek(layout[name][2])
+            file.write(memoryview(np.ascontiguousarray(array, dtype=layout[name][0])).cast("B"))
+        file.truncate(position)
+
+    return write_beside(stem, ".index.cache", write)
+
+
+def load_index(stem: Path, kind: str, stamp: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """The stored (meta, memory-mapped arrays), or None where there is no valid index for this kind and stamp."""
+    for path in side_paths(stem, ".index.cache"):
+        try:
+            with open(path, "rb") as file:
+                header = json.loads(file.read(_HEADER_BYTES))
+                complete = os.fstat(file.fileno()).st_size == header["size"]
+            current = (header["protomem_index"], header["kind"], header["stamp"]) == (_VERSION, kind, stamp)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if current and complete:
+            arrays = {}
+            for name, (dtype, length, position) in header["arrays"].items():
+                shape = (length,)
+                empty = np.zeros(shape, dtype)
+                arrays[name] = np.memmap(path, dtype, "r", position, shape) if length else empty
+            return header["meta"], arrays
+    return None
+
+
+def load_column(stem: Path, name: str, length: int) -> np.ndarray:
+    """The side file `<stem>.<name>.npy`: one float32 per record, in record order. Raises UserError if missing or
+    unfit."""
+    path = Path(f"{stem}.{name}.npy")
+    if not path.exists():
+        raise UserError(f"{path} does not exist: column '{name}' needs one float32 per image in record order")
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path} is no readable .npy file ({error}); write it again with numpy.save") from None
+    if values.shape != (length,):
+        raise UserError(f"{path} has shape {values.shape}, but the data have {length:,} records; write it again")
+    return values.astype(np.float32, copy=False)
+
+
+def content_fingerprint(parts: Iterable[bytes], files: Iterable[Path]) -> str:
+    """A hash of `parts` and of the content of `files`: all of it up to 64 MB, above that 256 blocks of 64 KB.
+
+    Modification times do not enter: a copy on another disk has the same fingerprint.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    files = [(path, path.stat().st_size) for path in files]
+    total = sum(size for _, size in files)
+    for path, size in files:
+        digest.update(f"\0{size}\0".encode())
+        with open(path, "rb") as file:
+            if total <= 64 << 20:
+                digest.update(file.read())
+                continue
+            blocks = max(1, round(256 * size / total))
+            for block in range(blocks):
+                file.seek(size * block // blocks)
+                digest.update(file.read(1 << 16))
+            file.seek(max(0, size - (1 << 16)))
+            digest.update(file.read(1 << 16))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def progress_bar(description: str, total: int, enabled: bool = True) -> Iterator[Callable[[int], None]]:
+    """A rich progress bar on stderr if that is a terminal. Yields advance(n); safe to call from threads."""
+    if not (enabled and sys.stderr.isatty()):
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda count: progress.advance(task, count)

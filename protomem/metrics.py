@@ -1,0 +1,309 @@
+"""The log of a run: one console line per step logged, a JSONL file always, wandb and tensorboard if asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import torch
+
+from protomem.environment import SECRET, environment
+from protomem.errors import UserError
+
+
+class RunLog:
+    """Writes `folder/metrics.jsonl`, `config.yaml` and `environment.json`, prints, and feeds the services.
+
+    Only the main rank (`is_main`) writes or prints; on the others every method does nothing.
+    total_steps: the planned end, for the progress and the eta. config: the resolved configuration (plain dict); values
+    whose key names a secret (api_key, password, secret, token) are hidden wherever the config goes.
+    console: print a line per call and, on a terminal, a progress bar. wandb: {"mode": "disabled", "offline" or
+    "online", "project", "name", "entity"}; the API key is wandb's own business (`wandb login` or WANDB_API_KEY).
+    tensorboard: event files in `folder/tensorboard`.
+
+    An existing folder is appended to. `resume_step` k drops what was logged after step k (a run killed at step k + 30
+    logs those steps again), -1 drops everything; None keeps all. A last line that was cut short by a kill is dropped.
+    wandb cannot forget: it keeps one run over all resumes and ignores the steps it has already seen.
+    Raises UserError for a missing package, an unknown wandb mode, and a wandb that cannot start.
+    """
+
+    def __init__(
+        self,
+        folder,
+        *,
+        total_steps: int,
+        config: dict,
+        is_main: bool,
+        console: bool = True,
+        wandb: dict | None = None,
+        tensorboard: bool = False,
+        resume_step: int | None = None,
+    ):
+        self.is_main, self.total_steps, self.console = is_main, total_steps, console
+        self._pending = self._file = self._wandb = self._tensorboard = self._progress = self._start = None
+        if not is_main:
+            return
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = without_secrets(config)
+        # The services first: they may refuse, and then nothing of this run has been touched.
+        writer = _tensorboard_writer() if tensorboard else None
+        if (wandb or {}).get("mode", "disabled") != "disabled":
+            self._wandb = _start_wandb(folder, config, **wandb)
+        if writer:
+            purge = None if resume_step is None else max(resume_step + 1, 0)
+            self._tensorboard = writer(folder / "tensorboard", purge_step=purge)
+        _write_description(folder, config)
+        _truncate(folder / "metrics.jsonl", resume_step)
+        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+        if console and sys.stdout.isatty():
+            self._progress = _start_progress(total_steps, max(resume_step or 0, 0))
+
+    def step(self, step: int, values: dict) -> None:
+        """Log `values` (numbers or 0-d tensors) of `step`, the number of optimizer steps done.
+
+        Shown on the console when present: loss, lr, images_per_s (all ranks together), data_wait (share of the time, 0
+        to 1), memory_gb (the process's peak; filled in here if absent). All of them go to the JSONL and the services.
+        Values on a GPU are copied there and read back only when the next line is written, so nothing waits for them;
+        the line of step k then appears with the call after it.
+        """
+        if not self.is_main:
+            return
+        self._flush()
+        values = {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        values.setdefault("memory_gb", peak_memory_gb())
+        now = time.monotonic()
+        if self._start is None:
+            self._start = step, now
+        seconds = (now - self._start[1]) / max(step - self._start[0], 1)
+        self._pending = step, values, time.time(), seconds * (self.total_steps - step)
+        if not any(isinstance(v, torch.Tensor) and v.device.type != "cpu" for v in values.values()):
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending is None:
+            return
+        (step, values, when, eta), self._pending = self._pending, None
+        values = {k: _number(v) for k, v in values.items()}
+        self._write({"step": step, "time": round(when, 3), **values})
+        if self._wandb:
+            self._wandb.log(values, step=step)
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], completed=step)
+        self._print(step_line(step, self.total_steps, values, eta))
+
+    def event(self, kind: str, **values) -> None:
+        """Log something that is no step: JSONL {"event": kind, ...} and a readable line. Give `step` if there is one.
+
+        kind "evaluation" with `name`, `tag` and a `Verification.summary()` is also sent to wandb and tensorboard.
+        """
+        if not self.is_main:
+            return
+        self._flush()
+        values = {k: v if isinstance(v, (str, bool, list, dict, type(None))) else _number(v) for k, v in values.items()}
+        self._write({"event": kind, "time": round(time.time(), 3), **values})
+        if kind == "evaluation":
+            numbers = {f"{values['name']}/{k}": v for k, v in values.items() if isinstance(v, float)}
+            if self._wandb:
+                self._wandb.log(numbers, step=values["step"])
+            if self._tensorboard:
+                for name, value in numbers.items():
+                    self._tensorboard.add_scalar(name, value, values["step"])
+        self._print(event_line(kind, values))
+
+    def close(self) -> None:
+        """Write what is pending and end the services. Call it also when training fails."""
+        if not self.is_main or self._file is None:
+            return
+        self._flush()
+        self._file.close()
+        self._file = None
+        if self._progress:
+            self._progress.stop()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _write(self, record: dict) -> None:
+        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.flush()
+
+    def _print(self, line: str) -> None:
+        if self._progress:
+            self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        elif self.console:
+            print(line, flush=True)
+
+
+def read_metrics(folder) -> list[dict]:
+    """The records of `folder/metrics.jsonl`, oldest first; lines that are no JSON object (a cut last line) left out."""
+    path, records = Path(folder) / "metrics.jsonl", []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a whole file or nothing: readers see the old one until the new one is complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def step_line(step: int, total_steps: int, values: dict, eta_s: float) -> str:
+    """`step 1200/20000  loss 12.345  lr 0.02  1843 images/s  wait 3%  mem 1.2 GB  eta 1:23:45`"""
+    parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
+    for key, form in (
+        ("loss", "loss {:.4f}"),
+        ("lr", "lr {:.4g}"),
+        ("images_per_s", "{:.0f} images/s"),
+        ("data_wait", "wait {:.0%}"),
+        ("memory_gb", "mem {:.1f} GB"),
+    ):
+        if key in values:
+            parts.append(form.format(values[key]))
+    if eta_s > 0 or step >= total_steps:
+        minutes, seconds = divmod(round(eta_s), 60)
+        parts.append(f"eta {minutes // 60}:{minutes % 60:02}:{seconds:02}")
+    return "  ".join(parts)
+
+
+def event_line(kind: str, values: dict) -> str:
+    """One readable line for an event; evaluations in per cent."""
+    rest = dict(values)
+    parts = [kind]
+    if "step" in rest:
+        parts.append(f"step {rest.pop('step')}")
+    if kind == "evaluation" and "accuracy" in rest:
+        name = " ".join(str(rest[k]) for k in ("tag", "name") if k in rest)
+        parts.append(name + (" (rendered)" if rest.get("rendered") else ""))
+        parts.append(f"accuracy {100 * rest['accuracy']:.2f} ± {100 * rest.get('accuracy_std', math.nan):.2f} %")
+        for key, name in (("tar@1e-3", "TAR@FAR=1e-3"), ("auc", "AUC"), ("eer", "EER")):
+            value = rest.get(key, math.nan)
+            parts.append(f"{name} " + ("-" if math.isnan(value) else f"{100 * value:.2f} %"))
+        return "  ".join(parts)
+    parts += [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items()]
+    return "  ".join(parts)
+
+
+def peak_memory_gb() -> float:
+    """Peak GPU memory of this process where it uses one, else its peak resident memory, in GB (1e9 bytes)."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def without_secrets(config):
+    """A copy of nested dicts and lists in which the value of every key that names a secret reads "(hidden)"."""
+    if isinstance(config, dict):
+        return {k: "(hidden)" if v and SECRET.search(str(k)) else without_secrets(v) for k, v in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [without_secrets(v) for v in config]
+    return config
+
+
+def _number(value):
+    value = value.item() if hasattr(value, "item") else value  # tensors and numpy scalars
+    return value if isinstance(value, int) else float(value)
+
+
+def _finite(value):
+    # JSON has no NaN and no infinity; null is what other readers understand.
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _truncate(path: Path, resume_step: int | None) -> None:
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    kept = []
+    for line in data.splitlines(keepends=True):
+        try:
+            step = json.loads(line).get("step", -1)
+        except (ValueError, AttributeError):
+            continue
+        # Lines are in order of time: what stands behind the first line past the resume point belongs to the lost steps.
+        if not line.endswith(b"\n") or (resume_step is not None and step > resume_step) or resume_step == -1:
+            break
+        kept.append(line)
+    if b"".join(kept) != data:
+        replace_file(path, b"".join(kept))
+
+
+def _write_description(folder: Path, config: dict) -> None:
+    from omegaconf import OmegaConf
+
+    replace_file(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)).encode())
+    replace_file(folder / "environment.json", json.dumps(environment(), indent=1).encode() + b"\n")
+
+
+def _start_progress(total_steps: int, done: int):
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    progress = Progress(TextColumn("training"), BarColumn(None), TaskProgressColumn(), TimeElapsedColumn())
+    progress.add_task("training", total=total_steps, completed=done)
+    progress.start()
+    return progress
+
+
+def _tensorboard_writer():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "tensorboard logging is on but not installed: pip install tensorboard, or switch it off"
+        ) from None
+    return SummaryWriter
+
+
+def _start_wandb(folder: Path, config: dict, mode: str, project=None, name=None, entity=None):
+    if mode not in ("offline", "online"):
+        raise UserError(f"wandb mode={mode} is not one of disabled, offline, online")
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "wandb logging is on but not installed: pip install protomem[wandb], or wandb mode=disabled"
+        ) from None
+    id_file = folder / "wandb_id"
+    run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
+    try:
+        run = wandb.init(
+            mode=mode,
+            project=project or "protomem",
+            entity=entity,
+            name=name,
+            id=run_id,
+            resume="allow",
+            dir=folder,
+            config=config,
+            settings=wandb.Settings(console="off", silent=True),
+        )
+    except wandb.errors.Error as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"wandb cannot start ({reason}); run `wandb login` once, or set wandb mode=offline") from None
+    id_file.write_text(run_id + "\n")
+    return run

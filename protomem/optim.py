@@ -1,0 +1,341 @@
+"""Optimisers: parameter groups, torch's fused kernels, LAMB, row-sparse SGD and AdamW for sampled prototype shards,
+gradient clipping over the encoder and the shards, and a loss scale that all ranks share.
+
+Nothing here waits for the device. Legend: C local classes (rows of a shard), D embedding size, S rows that got a
+gradient this step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from protomem import distributed
+from protomem.errors import UserError
+
+
+def encoder_groups(encoder: nn.Module, weight_decay: float, no_decay_norm: bool = False) -> list[dict]:
+    """The encoder's trainable parameters as groups for `build_optimizer`.
+
+    no_decay_norm: biases, normalisation and PReLU parameters (all of at most one dimension) get no weight decay.
+    Off by default (our default): decay on everything, as insightface trains.
+    """
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    if not no_decay_norm:
+        return [{"params": trained, "weight_decay": weight_decay, "lr_scale": 1.0, "name": "encoder"}]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    return [
+        {"params": matrices, "weight_decay": weight_decay, "lr_scale": 1.0, "name": "encoder"},
+        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0, "name": "encoder_no_decay"},
+    ]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Every group gets lr times its `lr_scale` (1 where it has none)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def build_optimizer(
+    groups: list[dict],
+    name: str,
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    nesterov: bool = False,
+    fused: bool | None = None,
+) -> torch.optim.Optimizer:
+    """SGD, AdamW or LAMB over parameter groups.
+
+    groups: dicts with `params` and, optionally, `lr_scale` (a factor on every learning rate of the group), `name`,
+    `weight_decay` (else the common one), and `sharded` (True: each rank holds other rows of these parameters; LAMB
+    then takes their norms over all ranks).
+    momentum, nesterov: SGD only. betas, eps: AdamW and LAMB only.
+    fused: None takes fused kernels where there are any: torch's for SGD and AdamW (CPU and CUDA), NVIDIA apex's
+    FusedLAMB if it is installed, all parameters are fp32 or fp16 on CUDA and no group is sharded (it knows nothing
+    of other ranks). True insists on them, False does without.
+
+    Raises UserError for an unknown name, for values the optimiser refuses, and where `fused=True` cannot be had.
+    """
+    groups = [dict(group, params=list(group["params"])) for group in groups]
+    params = [p for group in groups for p in group["params"]]
+    if name not in ("sgd", "adamw", "lamb"):
+        raise UserError(f"optimizer {name} is unknown; there are sgd, adamw, lamb")
+    if not params:
+        raise UserError(f"optimizer {name} has no parameter to train: all of them are frozen")
+    try:
+        if name == "lamb":
+            build, options = _choose_lamb(groups, params, fused), {"betas": betas, "eps": eps}
+        elif name == "adamw":
+            build, options = torch.optim.AdamW, {"betas": betas, "eps": eps, "fused": _torch_fused(params, fused)}
+        else:
+            build = torch.optim.SGD
+            options = {"momentum": momentum, "nesterov": nesterov, "fused": _torch_fused(params, fused)}
+        optimizer = build(groups, lr=lr, weight_decay=weight_decay, **options)
+    except ValueError as error:
+        raise UserError(f"optimizer {name}: {error}") from None
+    set_learning_rate(optimizer, lr)
+    return optimizer
+
+
+def _torch_fused(params: list[torch.Tensor], fused: bool | None) -> bool:
+    able = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
+    if fused and not able:
+        raise UserError("fused=true needs floating-point parameters on CPU or CUDA; set fused=null")
+    return able if fused is None else fused
+
+
+def _choose_lamb(groups: list[dict], params: list[torch.Tensor], fused: bool | None):
+    if fused is False:
+        return LAMB
+    able = all(p.is_cuda and p.dtype in (torch.float32, torch.float16) for p in params)
+    able = able and not any(group.get("sharded") for group in groups)
+    try:
+        from apex.optimizers import FusedLAMB
+
+        if able:
+            # As our LAMB: no clipping of its own, and the trust ratio for every parameter (not only decayed ones).
+            return lambda groups, **options: FusedLAMB(groups, max_grad_norm=math.inf, use_nvlamb=True, **options)
+    except (ImportError, RuntimeError):  # absent, or built without its CUDA part
+        pass
+    if fused:
+        raise UserError("fused=true with lamb needs NVIDIA apex (built from its source) and unsharded CUDA parameters")
+    return LAMB
+
+
+class LAMB(torch.optim.Optimizer):
+    """LAMB: Adam's direction scaled per parameter by ||w|| / ||direction|| (You et al. 2019, arXiv 1904.00962, alg. 2).
+
+    direction = m_hat / (sqrt(v_hat) + eps) + weight_decay * w; w -= lr * ratio * direction. The paper's phi is the
+    identity here, and the ratio is 1 where either norm is 0 (our default, and what the common implementations do).
+    A group with `sharded: True` holds this rank's rows of larger parameters: its norms are summed over all ranks, so
+    every rank must step with the same such groups and a gradient in each (also for an empty shard).
+    """
+
+    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
+        _check_adam(lr, betas, eps, weight_decay)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "sharded": False})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._step_group(group, params)
+        return loss
+
+    def _step_group(self, group: dict, params: list[torch.Tensor]) -> None:
+        for p in params:
+            if not self.state[p]:
+                zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                self.state[p].update(step=torch.zeros(()), **zeros)  # on the CPU, where reading it waits for nothing
+            self.state[p]["step"] += 1
+        grads = [p.grad for p in params]
+        first = [self.state[p]["exp_avg"] for p in params]
+        second = [self.state[p]["exp_avg_sq"] for p in params]
+        steps = [self.state[p]["step"].item() for p in params]
+        beta1, beta2 = group["betas"]
+        torch._foreach_lerp_(first, grads, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+        root = torch._foreach_sqrt(second)
+        torch._foreach_div_(root, [math.sqrt(1 - beta2**step) for step in steps])
+        torch._foreach_add_(root, group["eps"])
+        update = torch._foreach_div(first, [1 - beta1**step for step in steps])
+        torch._foreach_div_(update, root)
+        if group["weight_decay"]:
+            torch._foreach_add_(update, params, alpha=group["weight_decay"])
+        norms = torch.stack(torch._foreach_norm(params) + torch._foreach_norm(update)).view(2, -1)
+        if group["sharded"]:
+            norms = distributed.all_reduce(norms.square()).sqrt()
+        ratio = torch.where((norms > 0).all(0), norms[0] / norms[1], 1.0)
+        torch._foreach_mul_(update, list(ratio.unbind()))
+        torch._foreach_add_(params, update, alpha=-group["lr"])
+
+
+class _RowOptimizer(torch.optim.Optimizer):
+    """Steps rows of [C,D] parameters by `param.row_grad = (index int64 [S], grad [S,D])`; each row at most once.
+
+    All other rows and their state stay as they are, bit for bit: no decay, no fading momentum. A parameter whose
+    row_grad is missing or None is left alone. State has the parameter's full size and exists from the start, so that
+    a checkpoint can be loaded into it before the first step.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if getattr(p, "row_grad", None) is not None:
+                    index, grad = p.row_grad
+                    self._step_rows(group, p, index, grad.to(p.dtype))
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.row_grad = None
+
+
+class RowSGD(_RowOptimizer):
+    """torch.optim.SGD (momentum, Nesterov, coupled weight decay) on the rows that got a gradient; see _RowOptimizer.
+
+    Equal to torch.optim.SGD while every row is active in every step. State: `momentum_buffer` [C,D].
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, nesterov: bool = False):
+        if lr < 0 or momentum < 0 or weight_decay < 0 or (nesterov and momentum == 0):
+            raise UserError(
+                f"lr={lr}, momentum={momentum} and weight_decay={weight_decay} must not be negative, and nesterov "
+                "needs momentum"
+            )
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
+        for group in self.param_groups:
+            for p in group["params"] if group["momentum"] else ():
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    def _step_rows(self, group: dict, p: torch.Tensor, index: torch.Tensor, grad: torch.Tensor) -> None:
+        rows, momentum = p.index_select(0, index), group["momentum"]  # [S,D]
+        step = torch.add(grad, rows, alpha=group["weight_decay"])
+        if momentum:
+            whole = self.state[p]["momentum_buffer"]
+            buffer = whole.index_select(0, index).mul_(momentum).add_(step)
+            whole.index_copy_(0, index, buffer)
+            step = step.add_(buffer, alpha=momentum) if group["nesterov"] else buffer
+        p.index_copy_(0, index, rows.add_(step, alpha=-group["lr"]))
+
+
+class RowAdamW(_RowOptimizer):
+    """torch.optim.AdamW on the rows that got a gradient; see _RowOptimizer.
+
+    Equal to torch.optim.AdamW while every row is active in every step. State: `exp_avg`, `exp_avg_sq` [C,D] and
+    `row_step` int64 [C], how often each row was stepped: its own bias correction.
+    """
+
+    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01):
+        _check_adam(lr, betas, eps, weight_decay)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for p in group["params"]:
+                zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                self.state[p].update(row_step=torch.zeros(len(p), dtype=torch.int64, device=p.device), **zeros)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        counts = [state["row_step"] for state in state_dict["state"].values()]
+        super().load_state_dict(state_dict)  # casts all state to the parameter's type, counts too: undo that
+        for state, count in zip(self.state.values(), counts):
+            state["row_step"] = count.to(state["row_step"].device, torch.int64)
+
+    def _step_rows(self, group: dict, p: torch.Tensor, index: torch.Tensor, grad: torch.Tensor) -> None:
+        state, (beta1, beta2) = self.state[p], group["betas"]
+        count = state["row_step"].index_select(0, index) + 1
+        first = state["exp_avg"].index_select(0, index).lerp_(grad, 1 - beta1)
+        second = state["exp_avg_sq"].index_select(0, index).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        for key, value in (("row_step", count), ("exp_avg", first), ("exp_avg_sq", second)):
+            state[key].index_copy_(0, index, value)
+        power = count.to(torch.float64)[:, None]  # [S,1]; beta**t in double, as torch computes it
+        correction1 = (1 - beta1**power).to(p.dtype)
+        correction2 = (1 - beta2**power).sqrt().to(p.dtype)
+        rows = p.index_select(0, index).mul_(1 - group["lr"] * group["weight_decay"])
+        direction = (first / correction1).div_((second.sqrt_() / correction2).add_(group["eps"]))
+        p.index_copy_(0, index, rows.add_(direction, alpha=-group["lr"]))
+
+
+def _check_adam(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(
+            f"lr={lr}, eps={eps} and weight_decay={weight_decay} must not be negative, betas={betas} must be in [0, 1)"
+        )
+
+
+def clip_gradients(
+    encoder_params: Iterable[torch.Tensor], shard_grads: list[torch.Tensor], max_norm: float
+) -> torch.Tensor:
+    """Scale all gradients in place by min(1, max_norm / total); return the total norm, a 0-d tensor equal on all ranks.
+
+    Encoder gradients are the same on every rank (after DDP) and count once; shard gradients are different rows on
+    every rank and are summed: total^2 = |encoder|^2 + sum over ranks of |shards|^2. One all-reduce of one number.
+    max_norm=inf only measures. A non-finite total makes all gradients non-finite: check it, or the loss, before.
+    """
+    grads = [p.grad for p in encoder_params if p.grad is not None]
+    everything = grads + shard_grads
+    device = everything[0].device if everything else torch.device("cpu")
+    dtype = torch.float64 if any(g.dtype == torch.float64 for g in everything) else torch.float32
+
+    def squared(tensors: list[torch.Tensor]) -> torch.Tensor:
+        if not tensors:
+            return torch.zeros((), device=device, dtype=dtype)
+        return torch.stack([n.to(dtype) for n in torch._foreach_norm(tensors)]).square().sum()
+
+    total = (squared(grads) + distributed.all_reduce(squared(shard_grads))).sqrt()
+    if everything:
+        torch._foreach_mul_(everything, torch.clamp(max_norm / total, max=1.0))
+    return total
+
+
+class LossScaler:
+    """Dynamic loss scaling for fp16 whose skip decision all ranks share; numbers as in torch.amp.GradScaler.
+
+    Each step: `scale(loss).backward()`; `found = unscale_(all gradients of this rank)`; step the optimisers only if
+    `found` is 0 (reading it is the one wait of an fp16 step); `update()`. An overflow on one rank, even in its own
+    shard only, skips the step on all, and the scale halves on all.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        initial: float = 2.0**16,
+        growth: float = 2.0,
+        backoff: float = 0.5,
+        interval: int = 2000,
+    ):
+        self.growth, self.backoff, self.interval = growth, backoff, interval
+        self.factor = torch.tensor(initial, dtype=torch.float32, device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss * self.factor.to(loss.dtype)
+
+    @torch.no_grad()
+    def unscale_(self, grads: list[torch.Tensor]) -> torch.Tensor:
+        """Divide by the scale in place; return 1.0 if any gradient of any rank is inf or NaN, else 0.0 (0-d tensor)."""
+        self.found_inf.zero_()
+        if grads:
+            norms = [n.float() for n in torch._foreach_norm([g for g in grads if g.numel()], math.inf)]
+            if norms:
+                self.found_inf.copy_(~torch.stack(norms).isfinite().all())
+            torch._foreach_mul_(grads, 1 / self.factor)
+        return distributed.all_reduce(self.found_inf, "max")
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Halve the scale after an overflow; double it after `interval` steps without one."""
+        bad = self.found_inf > 0
+        self.good_steps.copy_(torch.where(bad, 0, self.good_steps + 1))
+        full = self.good_steps >= self.interval
+        grown = self.factor * self.growth
+        grown = torch.where(full & grown.isfinite(), grown, self.factor)
+        self.factor.copy_(torch.where(bad, self.factor * self.backoff, grown))
+        self.good_steps.masked_fill_(full, 0)
+
+    def state_dict(self) -> dict:
+        return {"factor": self.factor.item(), "good_steps": self.good_steps.item()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.factor.fill_(state["factor"])
+        self.good_steps.fill_(state["good_steps"])

@@ -1,0 +1,371 @@
+"""The training loop: builds a run from its config, goes on from the last checkpoint, trains, evaluates, saves."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from protomem import build, distributed, optim, state
+from protomem.data.augment import AugmentOptions
+from protomem.data.inspect import known_bad
+from protomem.data.pairs import read_bin
+from protomem.data.pipeline import make_loader, normalise
+from protomem.data.records import open_records
+from protomem.errors import UserError
+from protomem.evaluate.extract import evaluate_bins
+from protomem.metrics import RunLog
+from protomem.objective.margins import build_margin
+from protomem.report import save_evaluation, write_report
+from protomem.schedule import learning_rate
+from protomem.seeds import mix
+from protomem.step import MicroBatch, forward_backward
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Run:
+    """One training run on this rank. `step` counts finished optimizer steps; everything else follows from it."""
+
+    def __init__(self, config: DictConfig, context: distributed.Context):
+        self.config, self.context, self.device = config, context, context.device
+        self.folder, self.step, self.best = Path(config.output), 0, None
+        if config.train.deterministic:
+            torch.use_deterministic_algorithms(True)
+        self.records = open_records(config.data.train)
+        self.sampler = build.sampler_from(config, self.records)
+        self._plan()
+        self.encoder = build.encoder_from(config, self.device)
+        self.prototypes = build.prototypes_from(config, self.records.num_classes, self.device)
+        self.optimizers = build.optimizers_from(config, self.encoder, self.prototypes)
+        self.scaler = optim.LossScaler(self.device) if config.encoder.precision == "fp16" else None
+        self.margin = build_margin(**config.margin)
+        self.head = build.head_from(config)
+        self.sets = {Path(path).stem: path for path in config.data.eval}
+        for path in config.data.eval:  # before hours of training, not after them
+            if not Path(path).is_file():
+                raise UserError(f"data.eval: {path} does not exist; make pairs with `protomem data pairs`, or remove it")
+
+    def _plan(self) -> None:
+        """How many steps, and how a step's rows are cut: over ranks, then into micro-batches."""
+        s, t, world = self.config.schedule, self.config.train, self.context.world_size
+        self.epoch_steps = self.sampler.steps_per_epoch
+        if self.epoch_steps == 0:
+            raise UserError(
+                f"train.batch_size={t.batch_size} is more than the {len(self.records)} images of {self.config.data.train}"
+            )
+        self.total = s.steps or s.epochs * self.epoch_steps
+        self.warmup = s.warmup_steps or round(s.warmup_epochs * self.epoch_steps)
+        if t.batch_size < world * t.accumulate:
+            raise UserError(
+                f"train.batch_size={t.batch_size} is less than a row for each of {world} ranks x {t.accumulate} micro-batches"
+            )
+        rows = [b - a for a, b in (distributed.batch_bounds(t.batch_size, r, world) for r in range(world))]
+        self.parts = [[distributed.batch_bounds(n, a, t.accumulate) for n in rows] for a in range(t.accumulate)]
+        self._learning_rate(0)  # a schedule that makes no sense is told before anything is built
+
+    def _learning_rate(self, step: int) -> float:
+        s = self.config.schedule
+        return learning_rate(
+            step,
+            self.total,
+            self.config.optimizer.lr,
+            self.warmup,
+            s.decay,
+            s.power,
+            tuple(s.milestones),
+            s.gamma,
+            s.final_lr,
+        )
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict:
+        """What a checkpoint's step number means: it is only a position in this data with this batch size and seed."""
+        c = self.config
+        return {
+            "images": len(self.records),
+            "identities": self.records.num_classes,
+            "batch_size": c.train.batch_size,
+            "seed": c.train.seed,
+            "sampler": c.data.sampler.name,
+            "images_per_identity": c.data.sampler.images_per_identity if c.data.sampler.name == "balanced" else None,
+        }
+
+    def resume(self) -> Path | None:
+        path = distributed.broadcast_object(
+            str(state.find(self.folder / "checkpoints", self.config.checkpoint.resume) or "") if self.context.is_main else None
+        )
+        if not path:
+            return None
+        info = state.read_info(path)
+        for key, value in self._identity().items():
+            if info["run"].get(key) != value:
+                raise UserError(
+                    f"checkpoint {path} was made with {key}={info['run'].get(key)}, this run has {value}; restore it, or "
+                    "start anew with checkpoint.resume=none and another output folder"
+                )
+        state.load(path, self.encoder, self.prototypes, self.optimizers, self.records.num_classes)
+        self.step, self.best = info["step"], info["best"]
+        if self.scaler and info.get("scaler"):
+            self.scaler.load_state_dict(info["scaler"])
+        return Path(path)
+
+    def save(self, best: bool = False) -> Path:
+        self._check_finite()
+        state.average_statistics(self.encoder)
+        info = {
+            "run": self._identity(),
+            "best": self.best,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "config": OmegaConf.to_container(self.config),
+        }
+        path = state.save(
+            self.folder / "checkpoints",
+            self.step,
+            state.named_state(self.encoder, self.prototypes, self.optimizers),
+            self.records.num_classes,
+            info,
+            keep=self.config.checkpoint.keep,
+            best=best,
+        )
+        self.saved = self.step
+        self.log.event("checkpoint", step=self.step, path=str(path))
+        return path
+
+    # --- evaluation ------------------------------------------------------------------------------------------------
+
+    def evaluate(self, tag: str) -> dict:
+        """Verify all pair sets; stores them for the report; returns {set: Verification}, equal on every rank."""
+        if not self.sets:
+            return {}
+        state.average_statistics(self.encoder)
+        c = self.config
+        results = evaluate_bins(
+            self.encoder,
+            list(self.sets.values()),
+            device=self.device,
+            batch_size=c.evaluate.batch_size,
+            precision=c.encoder.precision,
+            flip=c.evaluate.flip,
+            backend=c.data.loader,
+            size=c.data.size,
+        )
+        for name, result in results.items():
+            self.log.event("evaluation", step=self.step, tag=tag, name=name, **result.summary())
+        if self.context.is_main:
+            save_evaluation(self.folder, tag, results, {name: read_bin(path)[0] for name, path in self.sets.items()})
+        return results
+
+    def _improved(self, results: dict) -> bool:
+        """Whether checkpoint.best (a pair set; null: the first) has its highest accuracy so far; remembers it."""
+        name = self.config.checkpoint.best or next(iter(self.sets), None)
+        if name is None:
+            return False
+        if name not in results:
+            raise UserError(f"checkpoint.best={name} is not one of the pair sets {', '.join(results)}")
+        accuracy = results[name].summary()["accuracy"]
+        if self.best is not None and accuracy <= self.best["accuracy"]:
+            return False
+        self.best = {"step": self.step, "set": name, "accuracy": accuracy}
+        return True
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        resumed = self.resume()
+        c = self.config
+        self.log = RunLog(
+            self.folder,
+            total_steps=self.total,
+            config=OmegaConf.to_container(c),
+            is_main=self.context.is_main,
+            wandb=OmegaConf.to_container(c.log.wandb),
+            tensorboard=c.log.tensorboard,
+            resume_step=self.step if resumed else (None if c.checkpoint.resume == "auto" else -1),
+        )
+        try:
+            if resumed:
+                self.log.event("resume", step=self.step, path=str(resumed), world_size=self.context.world_size)
+            elif c.evaluate.initial:
+                self.evaluate("initial")
+            finished = self._train()
+            if finished and self.context.is_main:
+                self.log.event("report", path=str(write_report(self.folder)))
+        finally:
+            self.log.close()
+
+    def _train(self) -> bool:
+        c, world = self.config, self.context.world_size
+        model = self.encoder
+        if world > 1:
+            gpu = [self.device.index] if self.device.type == "cuda" else None
+            # Statistics are averaged before they are used (state.average_statistics), not broadcast at every step.
+            model = torch.nn.parallel.DistributedDataParallel(
+                self.encoder, device_ids=gpu, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        if c.encoder.compile:
+            model = torch.compile(model)
+        self.model = model
+        self.model.train()
+        self.saved, self.finite = self.step, torch.ones((), device=self.device)
+        self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": time.monotonic()}
+        a = c.data.augment
+        loader = make_loader(
+            self.records,
+            self.sampler,
+            backend=c.data.loader,
+            rank=self.context.rank,
+            world_size=world,
+            augment=AugmentOptions(a.flip, a.crop, a.low_resolution, a.photometric, a.occlusion),
+            seed=c.train.seed,
+            size=c.data.size,
+            device=self.device,
+            threads=c.data.threads,
+            prefetch=c.data.prefetch,
+            on_corrupt=c.data.on_corrupt,
+            bad_positions=known_bad(self.records),
+        )
+        stopped = self._catch_signals()
+        try:
+            while self.step < self.total:
+                epoch, position = divmod(self.step, self.epoch_steps)
+                for batch in self._timed(loader.epoch(epoch, position)):
+                    stats = self._one_step(batch)
+                    if self.step % c.log.every == 0 or self.step == self.total:
+                        self._report(stats)
+                        if self._any_rank(stopped):
+                            self._stop(stopped)
+                            return False
+                    self._periodic()
+                    if self.step == self.total:
+                        break
+        finally:
+            loader.close()
+            self._release_signals()
+        return True
+
+    def _timed(self, batches):
+        """Yields the batches; measures how long the loop waits for each."""
+        batches = iter(batches)
+        while True:
+            start = time.monotonic()
+            batch = next(batches, None)
+            self.interval["wait"] += time.monotonic() - start
+            if batch is None:
+                return
+            yield batch
+
+    def _one_step(self, batch) -> dict[str, torch.Tensor]:
+        c, rank = self.config, self.context.rank
+        lr = self._learning_rate(self.step)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+            optim.set_learning_rate(optimizer, lr)
+        # Dropout's stream is a function of (seed, step, rank): nothing about it needs to be saved.
+        torch.manual_seed(mix(c.train.seed, 3, self.step, rank))
+        images, labels = batch.images.to(self.device, non_blocking=True), batch.labels.to(self.device, non_blocking=True)
+        parts = []
+        for bounds in self.parts:
+            lo, hi = bounds[rank]
+            parts.append(MicroBatch(images[lo:hi], labels[lo:hi], [b - a for a, b in bounds]))
+        half = HALF.get(c.encoder.precision)
+        stats = forward_backward(
+            parts,
+            self.model,
+            self.prototypes,
+            self.head,
+            self.margin,
+            self.step,
+            prepare=lambda x: normalise(x, channels_last=c.encoder.channels_last),
+            autocast=lambda: torch.autocast(self.device.type, dtype=half, enabled=half is not None),
+            scale_loss=self.scaler.scale if self.scaler else lambda loss: loss,
+        )
+        self.finite *= torch.isfinite(stats["loss"])
+        stats["lr"] = lr
+        self._update(stats)
+        self.step += 1
+        self.interval["images"] += c.train.batch_size
+        self.interval["skipped"] += batch.skipped
+        return stats
+
+    def _update(self, stats: dict) -> None:
+        encoder_params = [p for p in self.encoder.parameters() if p.grad is not None]
+        shard = self.prototypes.gradient()
+        if self.scaler:
+            found = self.scaler.unscale_([p.grad for p in encoder_params] + [shard])
+            stats["loss_scale"] = self.scaler.factor.clone()
+            self.scaler.update()
+            if found.item():  # the one wait of an fp16 step; all ranks decide alike
+                return
+        if self.config.optimizer.clip > 0:
+            stats["grad_norm"] = optim.clip_gradients(encoder_params, [shard], self.config.optimizer.clip)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+
+    def _report(self, stats: dict) -> None:
+        now, i = time.monotonic(), self.interval
+        seconds = max(now - i["since"], 1e-9)
+        values = {**stats, "epoch": self.step / self.epoch_steps, "images_per_s": i["images"] / seconds}
+        values["data_wait"] = i["wait"] / seconds
+        if i["skipped"]:
+            values["skipped_images"] = i["skipped"]
+        self.log.step(self.step, values)
+        self._check_finite()
+        self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": now}
+
+    def _check_finite(self) -> None:
+        if not self.finite.item():
+            raise UserError(
+                f"the loss became NaN or infinite by step {self.step}; the checkpoint of step {self.saved} is intact: lower "
+                "optimizer.lr, set optimizer.clip, or lengthen the warm-up, and start again"
+            )
+
+    def _periodic(self) -> None:
+        c, last, start = self.config, self.step == self.total, time.monotonic()
+        results = {}
+        if self.sets and (last or (c.evaluate.every and self.step % c.evaluate.every == 0)):
+            results = self.evaluate("final" if last else f"step-{self.step}")
+            self.model.train()
+        best = bool(results) and self._improved(results)
+        if last or best or (c.checkpoint.every and self.step % c.checkpoint.every == 0):
+            self.save(best)
+        self.interval["since"] += time.monotonic() - start  # evaluating and saving is not training time
+
+    # --- signals ---------------------------------------------------------------------------------------------------
+
+    def _catch_signals(self) -> list[int]:
+        """SIGTERM, SIGINT and SIGUSR1 only leave a note; all ranks agree on it at the next logged step."""
+        noted: list[int] = []
+        self._previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        for s in self._previous:
+            signal.signal(s, lambda number, frame: noted.append(number))
+        return noted
+
+    def _release_signals(self) -> None:
+        for s, handler in self._previous.items():
+            signal.signal(s, handler)
+
+    def _any_rank(self, noted: list[int]) -> bool:
+        return bool(distributed.all_reduce(torch.tensor(float(bool(noted)), device=self.device), "max").item())
+
+    def _stop(self, noted: list[int]) -> None:
+        if self.saved != self.step:
+            self.save()
+        name = signal.Signals(noted[0]).name if noted else "a signal to another rank"
+        self.log.event("stopped", step=self.step, reason=name)
+
+
+def train(config: DictConfig) -> None:
+    """Train as the config says, on all ranks that the launcher started."""
+    if not math.isfinite(config.optimizer.lr):
+        raise UserError(f"optimizer.lr={config.optimizer.lr} is not a number")
+    context = distributed.init(config.distributed.device, config.distributed.timeout_s)
+    try:
+        Run(config, context).run()
+    finally:
+        distributed.shutdown()

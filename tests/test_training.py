@@ -1,0 +1,165 @@
+"""The whole trainer: the same curve at every world size, and after a kill at any point."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from protomem import config, state
+from protomem.errors import UserError
+from protomem.trainer import train
+from tests.ranks import run_ranks
+
+
+def settings(data, output, *more):
+    """A run whose encoder does not depend on how the batch is split (BatchNorm statistics frozen)."""
+    return [
+        f"output={output}",
+        f"data.train={data}",
+        "data.size=32",
+        "data.threads=1",
+        "data.augment.photometric=0.5",
+        "encoder.name=small",
+        "encoder.embedding_size=16",
+        "encoder.freeze_statistics=true",
+        "margin.scale=16",
+        "optimizer.lr=0.02",
+        "optimizer.clip=2",
+        "train.batch_size=24",
+        "schedule.epochs=0",
+        "schedule.steps=60",
+        "schedule.warmup_steps=6",
+        "checkpoint.every=20",
+        "log.every=1",
+        *more,
+    ]
+
+
+def run(world, data, output, *more, timeout=300):
+    def work():
+        train(config.load([], settings(data, output, *more)))
+
+    run_ranks(world, work, timeout=timeout)
+    return curve(output)
+
+
+def curve(output) -> dict[int, float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def assert_close(a: dict, b: dict, tolerance: float):
+    assert sorted(a) == sorted(b)
+    worst = max(abs(a[k] - b[k]) / abs(b[k]) for k in a)
+    assert worst <= tolerance, f"curves differ by {worst:.2g}"
+
+
+@pytest.fixture(scope="module")
+def reference(small_set, tmp_path_factory):
+    """60 uninterrupted steps of one process."""
+    return run(1, small_set, tmp_path_factory.mktemp("reference"))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_same_curve_at_every_world_size(world, small_set, tmp_path, reference):
+    assert_close(run(world, small_set, tmp_path), reference, 1e-4)
+    assert reference[60] < 0.5 * reference[1]  # and it is a curve of something that learns
+
+
+def test_accumulated_micro_batches_equal_the_large_batch(small_set, tmp_path, reference):
+    assert_close(run(2, small_set, tmp_path, "train.accumulate=3"), reference, 1e-4)
+
+
+def test_dense_equals_blocked(small_set, tmp_path, reference):
+    assert_close(run(1, small_set, tmp_path, "head.backend=dense"), reference, 1e-4)
+
+
+def start_ranks(world, data, output, *more):
+    command = ["launch/local.sh", str(world), *settings(data, output, *more)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    return subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def kill_at(process, output, step):
+    """SIGKILL the whole job as soon as its log shows `step`."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if (output / "metrics.jsonl").exists() and max(curve(output), default=0) >= step:
+            break
+        time.sleep(0.05)
+    assert process.poll() is None, process.stdout.read().decode()[-3000:]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_kill_9_and_resume_bit_for_bit(world, small_set, tmp_path):
+    """Killed in mid-epoch (10 steps an epoch, checkpoints every 13), resumed at the same world size."""
+    more = ("checkpoint.every=13", "schedule.steps=40")
+    whole = run(world, small_set, tmp_path / "whole", *more)
+    kill_at(start_ranks(world, small_set, tmp_path / "killed", *more), tmp_path / "killed", 17)
+    resumed = run(world, small_set, tmp_path / "killed", *more)
+    assert resumed == whole
+
+
+def test_resume_at_other_world_sizes(small_set, tmp_path, reference):
+    """4 ranks are killed, 2 go on and are killed, 3 finish: the uninterrupted curve of one process."""
+    for world, step in ((4, 23), (2, 45)):
+        kill_at(start_ranks(world, small_set, tmp_path), tmp_path, step)
+    assert_close(run(3, small_set, tmp_path), reference, 1e-4)
+
+
+def test_sampled_shards_resume_with_their_momentum(small_set, tmp_path):
+    more = ("prototypes.source=sampled", "prototypes.rate=0.5", "schedule.steps=24", "checkpoint.every=10")
+    whole = run(2, small_set, tmp_path / "whole", *more)
+    run(2, small_set, tmp_path / "cut", *more, "schedule.steps=24")
+    for path in state.checkpoints(tmp_path / "cut" / "checkpoints")[1:]:  # as if killed after step 10
+        subprocess.run(["rm", "-r", path], check=True)
+    assert run(2, small_set, tmp_path / "cut", *more) == whole
+
+
+def test_checkpoint_of_other_data_or_model_is_refused(small_set, tmp_path):
+    run(1, small_set, tmp_path, "schedule.steps=2")
+    with pytest.raises(AssertionError, match="batch_size=24, this run has 31"):
+        run(1, small_set, tmp_path, "train.batch_size=31", "schedule.steps=4")
+    with pytest.raises(AssertionError, match="is of another model or optimizer|is .* there"):
+        run(1, small_set, tmp_path, "encoder.embedding_size=8", "schedule.steps=4")
+    with pytest.raises(AssertionError, match="only in"):
+        run(1, small_set, tmp_path, "optimizer.name=adamw", "schedule.steps=4")
+
+
+def test_nan_loss_stops_and_leaves_the_checkpoint(small_set, tmp_path):
+    with pytest.raises(AssertionError, match="NaN or infinite .* checkpoint of step 2 is intact"):
+        run(1, small_set, tmp_path, "checkpoint.every=2", "optimizer.lr=1e38", "schedule.warmup_steps=0", "schedule.decay=constant")
+
+
+def test_sigterm_saves_and_resumes(small_set, tmp_path):
+    more = ("checkpoint.every=0", "schedule.steps=40", "log.every=1")
+    process = start_ranks(2, small_set, tmp_path, *more)
+    deadline = time.monotonic() + 240
+    while max(curve(tmp_path), default=0) < 8 if (tmp_path / "metrics.jsonl").exists() else True:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    (path,) = state.checkpoints(tmp_path / "checkpoints")
+    assert 8 <= state.read_info(path)["step"] < 40
+    run(2, small_set, tmp_path, *more)
+    assert sorted(curve(tmp_path)) == list(range(1, 41))
+
+
+def test_config_errors_are_raised_before_training(small_set, tmp_path):
+    for text, message in (
+        ("train.batch_size=1000", "more than the 248 images"),
+        ("schedule.warmup_steps=100", "warmup_steps=100"),
+        ("data.eval=[nowhere.bin]", "nowhere.bin does not exist"),
+        ("margin.m1=2", "has no effect on margin.name=cosface"),
+        ("checkpoint.resume=/nowhere", "no complete checkpoint"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(config.load([], settings(small_set, tmp_path, text)))
