@@ -201,13 +201,7 @@ class Run:
 
     def _train(self) -> bool:
         c, world = self.config, self.context.world_size
-        model = self.encoder
-        if world > 1:
-            gpu = [self.device.index] if self.device.type == "cuda" else None
-            # Statistics are averaged before they are used (state.average_statistics), not broadcast at every step.
-            model = torch.nn.parallel.DistributedDataParallel(
-                self.encoder, device_ids=gpu, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+        model = distributed.data_parallel(self.encoder, self.device)
         if c.encoder.compile:
             model = torch.compile(model)
         self.model = model

@@ -16,19 +16,21 @@ from tests.ranks import run_ranks
 
 
 def settings(data, output, *more):
-    """A run whose encoder does not depend on how the batch is split (BatchNorm statistics frozen)."""
+    """A run whose encoder does not depend on how the batch is split: a ViT has no batch statistics.
+
+    It is smooth as well; a network of ReLUs that is driven hard turns 1e-7 of rounding into 1e-4 within 60 steps.
+    """
     return [
         f"output={output}",
         f"data.train={data}",
         "data.size=32",
         "data.threads=1",
         "data.augment.photometric=0.5",
-        "encoder.name=small",
+        "encoder.name=vit_t",
         "encoder.embedding_size=16",
-        "encoder.freeze_statistics=true",
         "margin.scale=16",
-        "optimizer.lr=0.02",
-        "optimizer.clip=2",
+        "optimizer.name=adamw",
+        "optimizer.lr=0.0005",
         "train.batch_size=24",
         "schedule.epochs=0",
         "schedule.steps=60",
@@ -67,7 +69,14 @@ def reference(small_set, tmp_path_factory):
 @pytest.mark.parametrize("world", [2, 4])
 def test_same_curve_at_every_world_size(world, small_set, tmp_path, reference):
     assert_close(run(world, small_set, tmp_path), reference, 1e-4)
-    assert reference[60] < 0.5 * reference[1]  # and it is a curve of something that learns
+    assert reference[60] < 0.2 * reference[1]  # and it is a curve of something that learns
+
+
+def test_same_curve_with_frozen_batchnorm_clipping_and_momentum(small_set, tmp_path):
+    more = ("encoder.name=small", "encoder.freeze_statistics=true", "optimizer.name=sgd", "optimizer.lr=0.004", "optimizer.clip=1")
+    alone = run(1, small_set, tmp_path / "alone", *more)
+    assert_close(run(4, small_set, tmp_path / "four", *more), alone, 1e-4)
+    assert alone[60] < 0.8 * alone[1]
 
 
 def test_accumulated_micro_batches_equal_the_large_batch(small_set, tmp_path, reference):
@@ -130,12 +139,12 @@ def test_checkpoint_of_other_data_or_model_is_refused(small_set, tmp_path):
     with pytest.raises(AssertionError, match="is of another model or optimizer|is .* there"):
         run(1, small_set, tmp_path, "encoder.embedding_size=8", "schedule.steps=4")
     with pytest.raises(AssertionError, match="only in"):
-        run(1, small_set, tmp_path, "optimizer.name=adamw", "schedule.steps=4")
+        run(1, small_set, tmp_path, "optimizer.name=sgd", "schedule.steps=4")
 
 
 def test_nan_loss_stops_and_leaves_the_checkpoint(small_set, tmp_path):
     with pytest.raises(AssertionError, match="NaN or infinite .* checkpoint of step 2 is intact"):
-        run(1, small_set, tmp_path, "checkpoint.every=2", "optimizer.lr=1e38", "schedule.warmup_steps=0", "schedule.decay=constant")
+        run(1, small_set, tmp_path, "checkpoint.every=2", "optimizer.lr=1e30", "schedule.warmup_steps=0", "schedule.decay=constant")
 
 
 def test_sigterm_saves_and_resumes(small_set, tmp_path):

@@ -1,0 +1,81 @@
+"""The configuration: strict, typed, and its documentation complete."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from protomem import config
+from protomem.errors import UserError
+
+NEEDED = ["output=x", "data.train=y"]
+
+
+def test_default_yaml_is_the_schema_with_a_comment_on_every_key():
+    lines = Path("configs/default.yaml").read_text().splitlines()
+    assert OmegaConf.to_container(OmegaConf.load("configs/default.yaml")) == OmegaConf.to_container(
+        OmegaConf.structured(config.Config)
+    )
+    for line in lines:
+        if re.match(r" *\w+:\s*\S", line) and not line.strip().startswith("#"):
+            assert "  # " in line, f"no comment: {line}"
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").rglob("*.yaml")))
+def test_every_shipped_config_loads(path):
+    if path.name != "default.yaml":
+        config.load([str(path)], [] if path.name == "quickstart.yaml" else NEEDED)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("optimizr.lr=1", "unknown key optimizr.lr; did you mean optimizer.lr?"),
+        ("lr=1", "did you mean optimizer.lr?"),
+        ("optimizer.lr=fast", "optimizer.lr.*could not be converted"),
+        ("optimizer.name=adam", "not one of sgd, adamw, lamb; did you mean adamw?"),
+        ("encoder.dropout=1.5", "encoder.dropout=1.5 is not a probability"),
+        ("train.batch_size=0", "train.batch_size=0 is too small"),
+        ("schedule.steps=5", "schedule.epochs and schedule.steps are both set"),
+        ("nonsense", "neither a config file nor key=value"),
+    ],
+)
+def test_errors_name_the_key(given, message):
+    with pytest.raises(UserError, match=message) as error:
+        config.load([], [*NEEDED, given])
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(UserError, match="nowhere.yaml does not exist"):
+        config.load(["nowhere.yaml"])
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1\nb: {")
+    with pytest.raises(UserError, match="broken.yaml: not valid YAML") as error:
+        config.load([str(broken)])
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="output is not set|data.train is not set"):
+        config.load([])
+
+
+def test_later_files_and_overrides_win(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"output": "a", "data": {"train": "d"}, "optimizer": {"lr": 0.5}}))
+    loaded = config.load([str(file), "configs/methods/arcface.yaml"], ["optimizer.lr=0.25"])
+    assert (loaded.optimizer.lr, loaded.margin.name, loaded.output) == (0.25, "arcface", "a")
+
+
+def test_a_misspelled_key_fails_fast_on_the_command_line():
+    start = time.monotonic()
+    command = [sys.executable, "-X", "importtime", "-m", "protomem", "train", "configs/quickstart.yaml", "optimizr.lr=1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == "error: optimizr.lr=1: unknown key optimizr.lr; did you mean optimizer.lr?"
+    assert not re.search(r"\| +torch$", done.stderr, re.M)  # what makes it fast; no timed assertion
+    print(f"{time.monotonic() - start:.2f} s")
