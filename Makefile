@@ -17,8 +17,8 @@ $(VENV)/.done: setup.py constraints.txt
 	touch $@
 
 quickstart: setup
-	$(BIN)/protomem data synth data/quickstart/train --identities 400 --images 16
-	$(BIN)/protomem data pairs data/quickstart/pairs --synth --count 600
+	$(BIN)/protomem data synth data/quickstart/train --identities 300 --images 16
+	$(BIN)/protomem data pairs data/quickstart/pairs --synth --count 2000 --identities 150
 	PYTHON=$(BIN)/python launch/local.sh $(RANKS) configs/quickstart.yaml
 
 test: setup

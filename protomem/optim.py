@@ -1,4 +1,4 @@
-"""Optimisers: parameter groups, torch's fused kernels, LAMB, row-sparse SGD and AdamW for sampled prototype shards,
+"""Optimisers: parameter groups, torch's fused kernels or LAMB, row-sparse SGD and AdamW for sampled prototype shards,
 gradient clipping over the encoder and the shards, and a loss scale that all ranks share.
 
 Nothing here waits for the device. Legend: C local classes (rows of a shard), D embedding size, S rows that got a
@@ -15,6 +15,7 @@ from torch import nn
 
 from protomem import distributed
 from protomem.errors import UserError
+from protomem.lamb import LAMB, check_adam, choose_lamb  # noqa: F401  LAMB is part of this module
 
 
 def encoder_groups(encoder: nn.Module, weight_decay: float, no_decay_norm: bool = False) -> list[dict]:
@@ -71,7 +72,7 @@ def build_optimizer(
         raise UserError(f"optimizer {name} has no parameter to train: all of them are frozen")
     try:
         if name == "lamb":
-            build, options = _choose_lamb(groups, params, fused), {"betas": betas, "eps": eps}
+            build, options = choose_lamb(groups, fused), {"betas": betas, "eps": eps}
         elif name == "adamw":
             build, options = torch.optim.AdamW, {"betas": betas, "eps": eps, "fused": _torch_fused(params, fused)}
         else:
@@ -89,78 +90,6 @@ def _torch_fused(params: list[torch.Tensor], fused: bool | None) -> bool:
     if fused and not able:
         raise UserError("fused=true needs floating-point parameters on CPU or CUDA; set fused=null")
     return able if fused is None else fused
-
-
-def _choose_lamb(groups: list[dict], params: list[torch.Tensor], fused: bool | None):
-    if fused is False:
-        return LAMB
-    able = all(p.is_cuda and p.dtype in (torch.float32, torch.float16) for p in params)
-    able = able and not any(group.get("sharded") for group in groups)
-    try:
-        from apex.optimizers import FusedLAMB
-
-        if able:
-            # As our LAMB: no clipping of its own, and the trust ratio for every parameter (not only decayed ones).
-            return lambda groups, **options: FusedLAMB(groups, max_grad_norm=math.inf, use_nvlamb=True, **options)
-    except (ImportError, RuntimeError):  # absent, or built without its CUDA part
-        pass
-    if fused:
-        raise UserError("fused=true with lamb needs NVIDIA apex (built from its source) and unsharded CUDA parameters")
-    return LAMB
-
-
-class LAMB(torch.optim.Optimizer):
-    """LAMB: Adam's direction scaled per parameter by ||w|| / ||direction|| (You et al. 2019, arXiv 1904.00962, alg. 2).
-
-    direction = m_hat / (sqrt(v_hat) + eps) + weight_decay * w; w -= lr * ratio * direction. The paper's phi is the
-    identity here, and the ratio is 1 where either norm is 0 (our default, and what the common implementations do).
-    A group with `sharded: True` holds this rank's rows of larger parameters: its norms are summed over all ranks, so
-    every rank must step with the same such groups and a gradient in each (also for an empty shard).
-    """
-
-    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
-        _check_adam(lr, betas, eps, weight_decay)
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "sharded": False})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._step_group(group, params)
-        return loss
-
-    def _step_group(self, group: dict, params: list[torch.Tensor]) -> None:
-        for p in params:
-            if not self.state[p]:
-                zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                self.state[p].update(step=torch.zeros(()), **zeros)  # on the CPU, where reading it waits for nothing
-            self.state[p]["step"] += 1
-        grads = [p.grad for p in params]
-        first = [self.state[p]["exp_avg"] for p in params]
-        second = [self.state[p]["exp_avg_sq"] for p in params]
-        steps = [self.state[p]["step"].item() for p in params]
-        beta1, beta2 = group["betas"]
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        root = torch._foreach_sqrt(second)
-        torch._foreach_div_(root, [math.sqrt(1 - beta2**step) for step in steps])
-        torch._foreach_add_(root, group["eps"])
-        update = torch._foreach_div(first, [1 - beta1**step for step in steps])
-        torch._foreach_div_(update, root)
-        if group["weight_decay"]:
-            torch._foreach_add_(update, params, alpha=group["weight_decay"])
-        norms = torch.stack(torch._foreach_norm(params) + torch._foreach_norm(update)).view(2, -1)
-        if group["sharded"]:
-            norms = distributed.all_reduce(norms.square()).sqrt()
-        ratio = torch.where((norms > 0).all(0), norms[0] / norms[1], 1.0)
-        torch._foreach_mul_(update, list(ratio.unbind()))
-        torch._foreach_add_(params, update, alpha=-group["lr"])
 
 
 class _RowOptimizer(torch.optim.Optimizer):
@@ -227,7 +156,7 @@ class RowAdamW(_RowOptimizer):
     """
 
     def __init__(self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01):
-        _check_adam(lr, betas, eps, weight_decay)
+        check_adam(lr, betas, eps, weight_decay)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
             for p in group["params"]:
@@ -253,13 +182,6 @@ class RowAdamW(_RowOptimizer):
         rows = p.index_select(0, index).mul_(1 - group["lr"] * group["weight_decay"])
         direction = (first / correction1).div_((second.sqrt_() / correction2).add_(group["eps"]))
         p.index_copy_(0, index, rows.add_(direction, alpha=-group["lr"]))
-
-
-def _check_adam(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-        raise UserError(
-            f"lr={lr}, eps={eps} and weight_decay={weight_decay} must not be negative, betas={betas} must be in [0, 1)"
-        )
 
 
 def clip_gradients(

@@ -85,14 +85,22 @@ def load_evaluations(run_folder) -> dict[str, dict[str, dict]]:
 def write_report(run_folder) -> Path:
     """Write report.html (one file, pictures inside) and report/*.png; return the path of the page.
 
-    Works on a running, a stopped and a finished run, and leaves out what the run did not log. An older page stays in
-    place until the new one is complete. Raises UserError if the folder holds neither a log nor an evaluation.
+    Works on a running, a stopped and a finished run, and leaves out what the run did not log; a stored evaluation
+    counts if the log has its event (tag, name). An older page stays in place until the new one is complete. Raises
+    UserError if the folder holds neither a log nor an evaluation.
     """
     folder = Path(run_folder)
     records, evaluations = read_metrics(folder), load_evaluations(folder)
     if not records and not evaluations:
         raise UserError(f"{folder} holds no run to report on: no metrics.jsonl, no evaluations/*.npz")
     steps, events = [r for r in records if "event" not in r], [r for r in records if "event" in r]
+    if records:  # a resume cuts the log back: results of lost steps lie about until they are made again
+        logged = {(e.get("name"), e.get("tag")) for e in events if e["event"] == "evaluation"}
+        evaluations = {
+            name: current
+            for name, tags in evaluations.items()
+            if (current := {tag: data for tag, data in tags.items() if (name, tag) in logged})
+        }
     environment_file, config_file = folder / "environment.json", folder / "config.yaml"
     machine = json.loads(environment_file.read_text(encoding="utf-8")) if environment_file.exists() else {}
     config = config_file.read_text(encoding="utf-8") if config_file.exists() else ""

@@ -187,8 +187,7 @@ def histogram_figure(evaluations: dict[str, dict[str, dict]]):
             place = (i, k) if len(shown) <= 2 else (most * (i // columns) + k, i % columns)
             axis, data = axes[place], evaluations[name][tag]
             axis.set_visible(True)
-            low = min(-0.2, float(np.floor(data["scores"].min() * 10) / 10))
-            bins = np.linspace(low, 1, 61)
+            bins = np.linspace(np.floor(data["scores"].min() * 10) / 10, 1, 61)
             for kind, colour in ((data["same"], GENUINE), (~data["same"], IMPOSTOR)):
                 if kind.any():
                     weights = np.full(kind.sum(), 100 / kind.sum())
@@ -222,9 +221,9 @@ def reject_figure(evaluations: dict[str, dict[str, dict]]):
                 shares, rates = error_versus_reject(data["scores"], data["same"], quality, far)
                 axis.plot(100 * shares, 100 * rates, color=colour, **look)
     known = any(len(tags[list(tags)[-1]]["quality"]) for tags in evaluations.values())
-    title = f"Error versus reject at FAR = {far:g}, by embedding norm" + (" (dotted: known quality)" if known else "")
-    axis.set(title=title, xlim=(0, 95))
-    axis.set(xlabel="genuine pairs rejected, %", ylabel="false non-match rate, %")
+    by = "embedding norm (dotted: known quality)" if known else "embedding norm"
+    axis.set(title=f"Error versus reject, threshold at FAR = {far:g}", xlim=(0, 95))
+    axis.set(xlabel=f"genuine pairs rejected by {by}, %", ylabel="false non-match rate, %")
     axis.set_ylim(0)
     axis.legend()
     return figure

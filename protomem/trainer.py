@@ -36,7 +36,11 @@ class Run:
         self.folder, self.step, self.best = Path(config.output), 0, None
         if config.train.deterministic:
             torch.use_deterministic_algorithms(True)
-        self.records = open_records(config.data.train)
+        lenient = config.data.on_corrupt == "skip"
+        if context.is_main:  # the first to open a large set builds its index; the others find it
+            open_records(config.data.train, strict=not lenient)
+        distributed.barrier()
+        self.records = open_records(config.data.train, strict=not lenient)
         self.sampler = build.sampler_from(config, self.records)
         self._plan()
         self.encoder = build.encoder_from(config, self.device)

@@ -11,7 +11,7 @@ from protomem.encoder import ENCODERS, build_encoder
 from protomem.encoder.weights import load_weights
 from protomem.errors import UserError
 
-SMALL_SIZES = {"iresnet18": 32, "mobilefacenet": 32, "vit_t": 16, "small": 48}  # one of each kind, at a cheap size
+SMALL_SIZES = {"iresnet18": 16, "mobilefacenet": 16, "vit_t": 16, "small": 48}  # one of each kind, at a cheap size
 
 
 def build(name, **options):
@@ -105,7 +105,7 @@ def test_mobilefacenet_has_the_keys_and_shapes_of_the_public_files():
 
 def shake(encoder):
     """Random statistics and affine parameters, so that no BatchNorm is close to the identity."""
-    for k, v in encoder.state_dict().items():
+    for v in encoder.state_dict().values():
         if v.ndim == 1:
             v.copy_(torch.rand_like(v) + 0.5)
     return encoder
@@ -186,7 +186,7 @@ def test_the_last_batchnorm_is_frozen_or_learnable_and_starts_at_one():
 
 def test_encoders_start_with_the_embedding_norm_that_a_frozen_batchnorm_pins():
     for name in SMALL_SIZES:
-        assert 0.7 < build(name)(images(name, 32)).norm(dim=1).mean() / 24**0.5 < 1.3, name
+        assert 0.7 < build(name)(images(name, 16)).norm(dim=1).mean() / 24**0.5 < 1.3, name
 
 
 @pytest.mark.parametrize("name", SMALL_SIZES)
@@ -284,7 +284,7 @@ def test_compiled_encoder_equals_eager(checkpointing):
             {k: p.grad for k, p in encoder.named_parameters() if p.requires_grad} | dict(encoder.named_buffers())
         )
     for k, v in results[0].items():
-        torch.testing.assert_close(results[1][k], v, rtol=1e-3, atol=1e-3, msg=lambda m: f"{k}: {m}")
+        torch.testing.assert_close(results[1][k], v, rtol=1e-3, atol=1e-3)
 
 
 # --- weight files ---------------------------------------------------------------------------------------------------

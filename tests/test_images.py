@@ -128,6 +128,7 @@ SOF, SOS, DQT, DHT = (find(JPEG, marker) for marker in (0xC0, 0xDA, 0xDB, 0xC4))
         (JPEG[:SOF] + JPEG[SOF + 19 :], "scan before the frame header"),
         (JPEG[:DHT] + JPEG[SOF : SOF + 19] + JPEG[DHT:], "two frame headers"),
         (JPEG[: SOS + 14] + b"\xff\xd9", "scan without data"),
+        (JPEG[:SOS] + b"\xff\xda\0\x08\1\1\0\0\x3f\0" + JPEG[SOS + 14 :], "colour component missing"),
         (JPEG[: SOS + 200] + b"\xff\xd9" + JPEG[SOS + 200 :], "stray marker d9"),
         (JPEG[: SOS + 200] + b"\xff\xc7\0\4ab" + JPEG[SOS + 200 :], "two frame headers"),
         (PNG[:-12], "truncated header"),

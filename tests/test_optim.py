@@ -1,6 +1,8 @@
 """Optimisers against slow formulas and against torch; clipping and loss scaling over ranks against one process."""
 
 import math
+import sys
+import types
 from itertools import product
 
 import pytest
@@ -155,6 +157,57 @@ def test_lamb_on_shards_equals_one_process():
             joined = torch.cat([torch.as_tensor(shard) for _, shard in parts])
             torch.testing.assert_close(joined, torch.as_tensor(whole), rtol=1e-12, atol=1e-14)
             assert all((d == dense).all() for d, _ in parts)
+
+
+class FakeFusedLAMB(LAMB):
+    """Behaves like apex's at its edges: steps are counted in the group, zero_grad takes nothing, it clips by itself."""
+
+    def __init__(self, params, lr, betas, eps, weight_decay, max_grad_norm=1.0, use_nvlamb=False):
+        super().__init__(params, lr, betas, eps, weight_decay)
+        self.max_grad_norm, self.use_nvlamb = max_grad_norm, use_nvlamb
+
+    def zero_grad(self):
+        super().zero_grad()
+
+    def step(self, closure=None):
+        assert self.max_grad_norm == math.inf and self.use_nvlamb
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["step"] = torch.tensor(float(group.get("step", 0)))
+                for key in ("exp_avg", "exp_avg_sq"):
+                    self.state[p].setdefault(key, torch.zeros_like(p))
+            group["step"] = group.get("step", 0) + 1
+        loss = super().step(closure)
+        for p in self.state:
+            del self.state[p]["step"]
+        return loss
+
+
+def test_apex_lamb_is_taken_where_it_can_serve_and_keeps_our_state(monkeypatch):
+    apex, multi, optimizers = (types.ModuleType(n) for n in ("apex", "apex.multi_tensor_apply", "apex.optimizers"))
+    optimizers.FusedLAMB, multi.multi_tensor_applier = FakeFusedLAMB, types.SimpleNamespace(available=True)
+    for module in (apex, multi, optimizers):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    params = [torch.nn.Parameter(randn(5, dtype=torch.float32)) for _ in range(2)]
+    assert type(build_optimizer([{"params": [params[0]]}], "lamb", lr=0.1)) is LAMB  # on the CPU: ours
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert type(build_optimizer([{"params": [params[0]], "sharded": True}], "lamb", lr=0.1)) is LAMB
+    assert type(build_optimizer([{"params": [params[0]]}], "lamb", lr=0.1, fused=False)) is LAMB
+    pair = [build_optimizer([{"params": [p]}], "lamb", lr=0.1, fused=f) for p, f in zip(params, (True, False))]
+    assert type(pair[0]).__name__ == "ApexLAMB"
+    for step in range(4):
+        if step == 2:  # a new process continues from the state alone
+            state = pair[0].state[params[0]]
+            pair[0] = build_optimizer([{"params": [params[0]]}], "lamb", lr=0.1, fused=True)
+            pair[0].state[params[0]].update(state)
+        for optimizer, p in zip(pair, params):
+            optimizer.zero_grad(set_to_none=True)
+            p.grad = randn(5, seed=step, dtype=torch.float32)
+            optimizer.step()
+    assert torch.equal(*params) and pair[0].state[params[0]].keys() == pair[1].state[params[1]].keys()
+    multi.multi_tensor_applier.available = False
+    with pytest.raises(UserError, match="needs NVIDIA apex"):
+        build_optimizer([{"params": [params[0]]}], "lamb", lr=0.1, fused=True)
 
 
 # --- row-sparse optimisers ------------------------------------------------------------------------------------------

@@ -350,6 +350,9 @@ def test_writer_leaves_nothing_after_an_exception(tmp_path):
         with RecordWriter(tmp_path / "a" / "b") as writer:
             writer.add(b"x", -1)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="cannot be written"):
+        with RecordWriter("/dev/null/set"):
+            pass
     with RecordWriter(tmp_path) as writer:
         writer.add(b"old", 0)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -396,9 +399,9 @@ def test_index_is_built_once_and_renewed_when_the_data_change(tmp_path, monkeypa
         patch.setattr(rec_index, "build_index", None)
         records = open_records(folder)
         assert isinstance(records.labels, np.memmap) and records.fingerprint == first and records.bytes(3) == IMAGES[3]
-        assert len(pickle.dumps(records)) < 2000
+        assert b"_offset" not in pickle.dumps(records)  # workers map the file, they are not sent it
     cache = folder / "train.index.cache"
-    cache.write_bytes(cache.read_bytes()[:-1])  # an incomplete index is no index
+    cache.write_bytes(cache.read_bytes()[:-200])  # an incomplete index is no index
     assert open_records(folder).labels.tolist() == LABELS
     shutil.copytree(folder, tmp_path / "copy")
     assert open_records(tmp_path / "copy").fingerprint == first
@@ -513,6 +516,23 @@ def test_tar(tmp_path, form, prefix):
     for path in (root / "set-001.tar", root / "*1.tar"):
         records = open_records(path)
         assert len(records) == 3 and records.bytes(2) == IMAGES[5]
+
+
+def test_tar_size_in_a_pax_header(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.size, info.pax_headers = 700, {"size": "700"}
+        tar.addfile(info, io.BytesIO(b"i" * 700))
+        add(tar, "a.cls", b"1")
+    data = bytearray(path.read_bytes())
+    head = memoryview(data)[1024:1536]  # behind the extended header
+    head[124:136], head[148:156] = b"0" * 11 + b"\0", b" " * 8  # a size too large for its field is written as 0
+    head[148:156] = b"%06o\0 " % sum(head)
+    path.write_bytes(data)
+    with tarfile.open(path) as tar:
+        assert tar.getmember("a.jpg").size == 700
+    assert open_records(tmp_path).bytes(0) == b"i" * 700
 
 
 def test_tar_files_are_closed_again(tmp_path, monkeypatch):

@@ -171,11 +171,20 @@ def test_half_a_run_still_gives_a_page(tmp_path, keep):
 def test_odd_values_do_not_stop_the_report(tmp_path):
     log = RunLog(tmp_path, total_steps=10, config={}, is_main=True, console=False)
     log.step(1, {"loss": float("nan"), "images_per_s": 5.0, "data_wait": float("nan")})
-    log.close()
     verification = verify_pairs(make_embeddings(20)[0], np.ones(20, bool))  # no impostors at all: no ROC, no rates
     report.save_evaluation(tmp_path, "initial", {"one-sided": verification}, {"one-sided": IMAGES})
+    log.event("evaluation", step=1, tag="initial", name="one-sided", **verification.summary())
+    log.close()
     page = Page(report.write_report(tmp_path).read_text())
     assert "n/a" in page.text and "untrained" in page.text
+
+
+def test_results_of_steps_that_a_resume_has_dropped_are_not_shown(tmp_path):
+    make_run(tmp_path, ("clean",))
+    RunLog(tmp_path, total_steps=200, config={}, is_main=True, console=False, resume_step=150).close()
+    page = Page(report.write_report(tmp_path).read_text())
+    assert "step 100" in page.text and f"{100 * result(0.8).accuracy:.2f} ±" not in page.text
+    assert f"{100 * result(1.5).accuracy:.2f} ±" in page.text
 
 
 def test_no_run_is_one_clear_message(tmp_path):

@@ -16,9 +16,10 @@ from tests.ranks import run_ranks
 
 
 def settings(data, output, *more):
-    """A run whose encoder does not depend on how the batch is split: a ViT has no batch statistics.
+    """A run whose encoder does not depend on how the batch is split: its BatchNorms use their running statistics.
 
-    It is smooth as well; a network of ReLUs that is driven hard turns 1e-7 of rounding into 1e-4 within 60 steps.
+    The learning rate is moderate, since a network of ReLUs that is driven hard turns the 1e-7 of float32 rounding into
+    1e-4 within 60 steps, whoever computes it.
     """
     return [
         f"output={output}",
@@ -26,11 +27,12 @@ def settings(data, output, *more):
         "data.size=32",
         "data.threads=1",
         "data.augment.photometric=0.5",
-        "encoder.name=vit_t",
+        "encoder.name=small",
         "encoder.embedding_size=16",
+        "encoder.freeze_statistics=true",
         "margin.scale=16",
-        "optimizer.name=adamw",
-        "optimizer.lr=0.0005",
+        "optimizer.lr=0.004",
+        "optimizer.clip=1",
         "train.batch_size=24",
         "schedule.epochs=0",
         "schedule.steps=60",
@@ -69,14 +71,14 @@ def reference(small_set, tmp_path_factory):
 @pytest.mark.parametrize("world", [2, 4])
 def test_same_curve_at_every_world_size(world, small_set, tmp_path, reference):
     assert_close(run(world, small_set, tmp_path), reference, 1e-4)
-    assert reference[60] < 0.2 * reference[1]  # and it is a curve of something that learns
+    assert reference[60] < 0.8 * reference[1]  # and it is a curve of something that learns
 
 
-def test_same_curve_with_frozen_batchnorm_clipping_and_momentum(small_set, tmp_path):
-    more = ("encoder.name=small", "encoder.freeze_statistics=true", "optimizer.name=sgd", "optimizer.lr=0.004", "optimizer.clip=1")
+def test_same_curve_with_a_vit_and_adamw(small_set, tmp_path):
+    more = ("encoder.name=vit_t", "optimizer.name=adamw", "optimizer.lr=0.0005", "optimizer.clip=0", "schedule.steps=30")
     alone = run(1, small_set, tmp_path / "alone", *more)
-    assert_close(run(4, small_set, tmp_path / "four", *more), alone, 1e-4)
-    assert alone[60] < 0.8 * alone[1]
+    assert_close(run(2, small_set, tmp_path / "two", *more), alone, 1e-4)
+    assert alone[30] < 0.5 * alone[1]
 
 
 def test_accumulated_micro_batches_equal_the_large_batch(small_set, tmp_path, reference):
@@ -139,7 +141,7 @@ def test_checkpoint_of_other_data_or_model_is_refused(small_set, tmp_path):
     with pytest.raises(AssertionError, match="is of another model or optimizer|is .* there"):
         run(1, small_set, tmp_path, "encoder.embedding_size=8", "schedule.steps=4")
     with pytest.raises(AssertionError, match="only in"):
-        run(1, small_set, tmp_path, "optimizer.name=sgd", "schedule.steps=4")
+        run(1, small_set, tmp_path, "optimizer.name=adamw", "schedule.steps=4")
 
 
 def test_nan_loss_stops_and_leaves_the_checkpoint(small_set, tmp_path):

@@ -12,7 +12,7 @@ from protomem.errors import UserError
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Look at, check, convert and make data sets: insightface RecordIO, class folders, webdataset tars, .bin pairs.",
+    help="Look at, check, convert and make data sets: insightface RecordIO, class folders, tar shards, .bin pairs.",
 )
 
 _SHOWN = 40  # lines about single records on the console
@@ -218,8 +218,8 @@ def pairs(
     kinds: Annotated[
         str, typer.Option(help="With --synth, which sets, parted by commas.")
     ] = "clean,cross_pose,low_quality,look_alike",
-    count: Annotated[int, typer.Option(min=20, help="With --synth, pairs in each set, half of them genuine.")] = 1200,
-    identities: Annotated[int, typer.Option(min=2, help="With --synth, number of people.")] = 400,
+    count: Annotated[int, typer.Option(min=20, help="With --synth, pairs in each set, half of them genuine.")] = 2000,
+    identities: Annotated[int, typer.Option(min=2, help="With --synth, number of people.")] = 200,
     first_identity: Annotated[int, typer.Option(min=0, help="With --synth, the first person.")] = 10_000_000,
     seed: Seed = 0,
 ) -> None:

@@ -1,8 +1,8 @@
 """The same batches through NVIDIA DALI: decoding and augmentation in its C++ threads, on the CPU or on a GPU.
 
-The order is ours: DALI is fed encoded images and per-row parameters and draws nothing itself, so it has no state worth a
-checkpoint. Changes that touch few rows run conditionally, on those rows only: on the CPU an idle resize or colour change
-costs more than the decoding.
+The order is ours: DALI is fed encoded images and per-row parameters and draws nothing itself, so it has no state worth
+a checkpoint. Changes that touch few rows run conditionally, on those rows only: on the CPU an idle resize or colour
+change costs more than the decoding.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class DaliDecoder:
     def __init__(self, rows: int, size: int, changes: Iterable[str], device: torch.device, threads: int, prefetch: int):
         if not available():
             raise UserError(
-                "DALI is not installed: `pip install protomem[cuda13]` (or [cuda12]), or set data.backend=torch"
+                "DALI is not installed: `pip install protomem[cuda13]` (or [cuda12]), or set data.loader=torch"
             )
         self._rows, self._size, self._changes, self._device = rows, size, sorted(set(changes) - {"crop"}), device
         self._threads, self._prefetch = threads, max(prefetch, 1)
@@ -47,7 +47,7 @@ class DaliDecoder:
 
     def run(self, batches: Iterable[Rows]) -> Iterator[torch.Tensor]:
         """uint8 [b, size, size, 3] per batch, in order; CorruptImage when the batch that is due cannot be decoded."""
-        self._batches, self._pending, self._failed = iter(batches), collections.deque(), None
+        self._batches, self._pending = iter(batches), collections.deque()
         if self._pipeline is None:
             self._pipeline = self._build()
         finished = False
@@ -61,8 +61,6 @@ class DaliDecoder:
                 yield images
             self._pipeline.reset()
             finished = True
-            if self._failed is not None:
-                raise self._failed
         finally:
             if not finished:  # left early or broken: batches are still in its queue, so a new one is built next time
                 self.close()
@@ -77,20 +75,14 @@ class DaliDecoder:
         return out.clone() if stream is not None else out
 
     def _feed(self):
-        """DALI asks for the next batch, ahead of the consumer. An error waits until the batches before it are out."""
-        try:
-            rows = next(self._batches)
-        except StopIteration:
-            raise
-        except Exception as error:
-            self._failed = error
-            raise StopIteration from None
+        """DALI asks for the next batch, ahead of the consumer; StopIteration is how it learns of the end."""
+        rows = next(self._batches)
         self._pending.append(rows)
         window, resampled = windows(np.array(rows.sizes), rows.params.get("crop"), self._size)
         return (
             [np.frombuffer(data, np.uint8) for data in rows.encoded],
-            np.ascontiguousarray(window[:, 1::-1]),
-            np.ascontiguousarray(window[:, :1:-1]),
+            np.ascontiguousarray(window[:, 1::-1]),  # y, x
+            np.ascontiguousarray(window[:, :1:-1]),  # height, width
             resampled,
             *(_FEEDS[change][0](rows.params[change]) for change in self._changes),
         )
@@ -158,11 +150,11 @@ _FEEDS = {
 def _refused(message: str, encoded: list[bytes]) -> dict[int, str]:
     """The rows that made DALI fail: those its message names, and all others that libjpeg cannot decode either."""
     reasons = {int(row): "DALI cannot decode it" for row in re.findall(r"Failed to decode sample #(\d+)", message)}
-    if not reasons:
-        raise RuntimeError(message)
     for row, data in enumerate(encoded):
         try:
             decode_tolerant(data)
         except ValueError as error:
             reasons[row] = str(error)
+    if not reasons:  # something else than an image is wrong
+        raise RuntimeError(message)
     return reasons

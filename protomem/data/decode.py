@@ -25,7 +25,7 @@ class CorruptImage(Exception):
 
 
 class Rows(NamedTuple):
-    """The rows of one batch on their way to a decoder: encoded images that `examine` has passed, and what to do to them.
+    """The rows of one batch on their way to a decoder: encoded images that `examine` has passed, what to do to them.
 
     sizes: (height, width) of each encoded image; params: what `augment.draw` returned.
     """

@@ -47,14 +47,16 @@ class FolderRecords:
             folders = sorted(entry.name for entry in os.scandir(self.root) if entry.name[0] != "." and entry.is_dir())
         except OSError as error:
             raise UserError(f"{self.root} cannot be read ({error.strerror})") from None
-        stamp = file_stamp(self.root / name for name in folders)
+        self._stamp = stamp = file_stamp(self.root / name for name in folders)
         stored = load_index(self.stem, "folder", stamp)
         self._cached = stored is not None
         if stored is None:
             meta, arrays = _list(self.root, folders)
             self._cached = save_index(self.stem, "folder", stamp, meta, arrays) is not None
             stored = (load_index(self.stem, "folder", stamp) if self._cached else None) or (meta, arrays)
-        meta, arrays = stored
+        self._use(*stored)
+
+    def _use(self, meta: dict, arrays: dict[str, np.ndarray]) -> None:
         self.num_classes: int = meta["classes"]
         self.labels: np.ndarray = arrays["label"]
         self._names, self._ends = arrays["names"], arrays["end"]
@@ -104,8 +106,11 @@ class FolderRecords:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        if self._cached:
-            self._open()
+        if self._cached:  # without looking at a million folders again
+            stored = load_index(self.stem, "folder", self._stamp)
+            if stored is None:
+                raise UserError(f"{self.root} was changed while it was in use")
+            self._use(*stored)
 
 
 def _list(root: Path, folders: list[str]) -> tuple[dict, dict[str, np.ndarray]]:

@@ -145,8 +145,10 @@ def _jpeg(data: bytes) -> tuple[int, int]:
             if frame is not None:
                 raise _Bad("two frame headers")
             frame = _frame(marker, data[begin:stop])
-    if frame is None or len(scanned) < len(frame.tables):
+    if frame is None or not scanned:
         raise _Bad("no image data before the end-of-image marker")
+    if len(scanned) < len(frame.tables):
+        raise _Bad("image data of a colour component missing")
     return frame.height, frame.width
 
 

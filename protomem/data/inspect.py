@@ -105,7 +105,7 @@ def verify(records, workers: int | None = None, progress: bool = True, decode_al
     workers: threads, by default one per CPU core (the decoders release Python's lock).
     """
     labels = np.asarray(records.labels)
-    reasons: dict[int, list[str]] = {int(i): [records.reason(int(i))] for i in _damaged(records)}
+    reasons: dict[int, list[str]] = {int(i): [records.reason(int(i))] for i in records.damaged}
 
     def examine(begin: int) -> list[tuple[int, str]]:
         found = []
@@ -145,10 +145,6 @@ def verify(records, workers: int | None = None, progress: bool = True, decode_al
     )
 
 
-def _damaged(records) -> np.ndarray:
-    return getattr(records, "damaged", np.zeros(0, np.int64))  # generated records have none
-
-
 def save_report(records, report: DataReport, output: Path | None = None) -> Path:
     """Write the report as JSON to `output`, by default where known_bad finds it: `<stem>.verified.json` beside the
     data, or in the cache folder if that cannot be written. Returns the path; raises UserError if nothing can be
@@ -170,8 +166,8 @@ def save_report(records, report: DataReport, output: Path | None = None) -> Path
 def known_bad(records) -> np.ndarray:
     """int64 positions known to be unusable: `records.damaged`, and what the last `protomem data verify` of the same
     data found. Without one, or after the data have changed, only the former."""
-    bad = _damaged(records)
-    for path in side_paths(records.stem, _SUFFIX) if hasattr(records, "stem") else ():
+    bad = records.damaged
+    for path in side_paths(records.stem, _SUFFIX) if hasattr(records, "stem") else ():  # generated records have none
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             stored = json.loads(path.read_bytes())
             if stored["fingerprint"] == records.fingerprint:

@@ -70,14 +70,17 @@ def write_bin(path: str | os.PathLike, encoded: Sequence[bytes], issame: Sequenc
     images, same = [bytes(image) for image in encoded], [bool(value) for value in issame]
     if len(images) != 2 * len(same) or not same:
         raise UserError(f"{path}: {len(images)} images for {len(same)} pairs; every pair needs two")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: pickle.dump((images, same), file, protocol=4))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: pickle.dump((images, same), file, protocol=4))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})") from None
 
 
 def pairs_from_folder(
     root: str | os.PathLike, list_file: str | os.PathLike, output: str | os.PathLike
 ) -> tuple[int, int]:
-    """Make a .bin from a list of pairs and a folder of images, which must be aligned already: they are taken as they are.
+    """Make a .bin from a list of pairs and a folder of images, which are taken as they are, so must be aligned.
 
     The list has one pair per line, columns parted by blanks, or by tabs alone if the line has one. Forms may be mixed:
       - `fileA fileB 1` or `... 0`: files below `root`, 1 = the same person

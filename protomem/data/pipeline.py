@@ -1,8 +1,8 @@
-"""The input pipeline: sampler -> records -> decoder (DALI, or threads with simplejpeg) -> uint8 batches in a fixed order.
+"""The input pipeline: sampler -> records -> decoder (DALI, or threads with simplejpeg) -> uint8 batches in fixed order.
 
-One loader serves both decoders: it reads ahead in a thread, keeps what must not be decoded away from them, and yields the
-rows of its rank. Which record stands where, and how it is augmented, is decided by (seed, epoch, step) alone, so there is
-nothing to save but the step.
+One loader serves both decoders: it reads ahead in a thread, keeps what must not be decoded away from them, and yields
+the rows of its rank. Which record stands where, and how it is augmented, is decided by (seed, epoch, step) alone, so
+there is nothing to save but the step.
 
 Legend: B global batch, b local batch (rows of this rank).
 """
@@ -32,8 +32,8 @@ _MAX_CORRUPT_RUN = 1000  # so many corrupt records in a row are no accident: the
 class Batch:
     """This rank's rows of one global batch.
 
-    images: uint8 [b, size, size, 3], RGB, on the CPU or on the GPU that decoded them; labels, index: int64 [b], CPU, index
-    being the position of the record; skipped: rows of this batch whose own record is corrupt and was replaced.
+    images: uint8 [b, size, size, 3], RGB, on the CPU or on the GPU that decoded them; labels: int64 [b], CPU;
+    index: int64 [b], CPU, positions of the records; skipped: rows whose own record is corrupt and was replaced.
     """
 
     images: torch.Tensor
@@ -73,9 +73,9 @@ def make_loader(
 ) -> Loader:
     """The loader of one rank.
 
-    records: see records.py; sampler: see sampler.py; backend: `dali`, `torch`, or `auto` (DALI where it can be imported);
-    threads: of the decoder, one more reads; prefetch: batches decoded ahead; on_corrupt: `error`, or `skip` to replace a
-    corrupt image by the next sound record; bad_positions: records known to be corrupt.
+    records, sampler: see records.py and sampler.py; backend: `dali`, `torch`, or `auto` (DALI where it can be
+    imported); threads: of the decoder, one more reads; prefetch: batches decoded ahead; on_corrupt: `error`, or `skip`
+    to replace a corrupt image by the next sound record, cyclic; bad_positions: records known to be corrupt.
     Raises UserError for DALI where it is missing; the loader raises it for corrupt images and labels out of range.
     """
     if on_corrupt not in ("error", "skip"):
@@ -88,10 +88,10 @@ def make_loader(
 
 def _decoder(backend, rows, size, changes, device, threads, prefetch):
     if backend not in ("auto", "dali", "torch"):
-        raise UserError(f"data.backend={backend} is not one of auto, dali, torch")
+        raise UserError(f"data.loader={backend} is not one of auto, dali, torch")
     if backend == "auto":
         backend = "dali" if dali.available() else "torch"
-        log.info("data.backend=auto: decoding with %s", backend)
+        log.info("data.loader=auto: decoding with %s", backend)
     if backend == "dali":
         return dali.DaliDecoder(rows, size, changes, device, threads, prefetch)
     return ThreadDecoder(size, threads, prefetch, device)
@@ -106,7 +106,7 @@ class Loader:
         self._records, self._sampler, self._decoder = records, sampler, decoder
         self._start, self._stop, self._augment, self._seed, self._size = start, stop, augment, seed, size
         self._prefetch, self._skip = max(prefetch, 1), on_corrupt == "skip"
-        self._bad = dict.fromkeys((int(i) for i in bad_positions), "found by an earlier verification")
+        self._bad = dict.fromkeys((int(i) for i in bad_positions), "known from an earlier check")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="protomem-read")
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -114,7 +114,7 @@ class Loader:
         step = start_step
         while step < self._sampler.steps_per_epoch:
             read, ahead = collections.deque(), self._read_ahead(epoch, step)
-            images = self._decoder.run(_keep(ahead, read)) if self._stop > self._start else self._no_images(ahead, read)
+            images = _decode(self._decoder, _keep(ahead, read)) if self._stop > self._start else self._none(ahead, read)
             try:
                 for decoded in images:
                     _, index, labels, skipped = read.popleft()
@@ -132,7 +132,7 @@ class Loader:
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._decoder.close()
 
-    def _no_images(self, ahead, read) -> Iterator[torch.Tensor]:
+    def _none(self, ahead, read) -> Iterator[torch.Tensor]:
         for item in ahead:
             read.append(item)
             yield torch.empty(0, self._size, self._size, 3, dtype=torch.uint8)
@@ -161,9 +161,10 @@ class Loader:
         labels = np.asarray(self._records.labels[index], np.int64).reshape(len(index))
         wrong = np.flatnonzero((labels < 0) | (labels >= self._records.num_classes))
         if wrong.size:
+            first = int(index[wrong[0]])
             raise UserError(
-                f"record {index[wrong[0]]} of {self._records.path} has label {labels[wrong[0]]}, outside 0.."
-                f"{self._records.num_classes - 1}; see `protomem data verify {self._records.path}`"
+                f"record {first} ({self._records.where(first)}): label {labels[wrong[0]]} is outside 0.."
+                f"{self._records.num_classes - 1}; `protomem data verify {self._records.path}` lists all such records"
             )
         places = step * self._sampler.batch_size + np.arange(self._start, self._stop)
         params = draw(self._augment, self._seed, epoch, places, self._size)
@@ -176,20 +177,24 @@ class Loader:
         """
         for offset in range(min(_MAX_CORRUPT_RUN, len(self._records))):
             at = (position + offset) % len(self._records)
-            if at not in self._bad:
+            reason = self._bad.get(at)
+            if reason is None:
                 try:
                     data = self._records.bytes(at)
                     return at, data, examine(data)
                 except (ValueError, UserError) as error:
-                    self._bad[at] = str(error)
-            self._corrupt(at, self._bad[at])
-        raise UserError(f"records {position} to {at} of {self._records.path} are all corrupt; is this the right file?")
+                    reason = str(error)
+            self._corrupt(at, reason)
+        raise UserError(
+            f"all {offset + 1} records from {position} ({self._records.where(position)}) on are corrupt: "
+            f"{reason}; `protomem data verify {self._records.path}` tells how many are left"
+        )
 
     def _corrupt(self, position: int, reason: str) -> None:
         if not self._skip:
             raise UserError(
-                f"record {position} of {self._records.path} is corrupt ({reason}); list all with `protomem data verify "
-                f"{self._records.path}`, or go on without them with data.on_corrupt=skip"
+                f"record {position} ({self._records.where(position)}) is corrupt: {reason}; `protomem data verify "
+                f"{self._records.path}` lists all such records, data.on_corrupt=skip goes on without them"
             )
         self._bad[position] = reason
 
@@ -198,6 +203,21 @@ def _keep(ahead, read) -> Iterator[Rows]:
     for item in ahead:
         read.append(item)
         yield item[0]
+
+
+def _decode(decoder, batches: Iterable[Rows]) -> Iterator[torch.Tensor]:
+    """decoder.run(batches), but an error of `batches`, which runs ahead, waits until the batches before it are out."""
+    failed = []
+
+    def until_failure():
+        try:
+            yield from batches
+        except Exception as error:
+            failed.append(error)
+
+    yield from decoder.run(until_failure())
+    if failed:
+        raise failed[0]
 
 
 def eval_batches(
@@ -228,7 +248,7 @@ def eval_batches(
 
     decoder, done = _decoder(backend, batch_size, size, changes, device, threads, prefetch), 0
     try:
-        for images in decoder.run(batches()):
+        for images in _decode(decoder, batches()):
             yield images
             done += len(images)
     except CorruptImage as refused:

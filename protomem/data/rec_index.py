@@ -30,7 +30,9 @@ MAGIC_BYTES = struct.pack("<I", MAGIC)
 EXACT = 1 << 24  # float32 holds every integer up to here
 IR_HEADER = struct.Struct("<IfQQ")
 _WORDS = struct.Struct("<II")
-_HEAD = np.dtype({"names": "magic lrec flag label id id2 first".split(), "formats": "<u4 <u4 <u4 <f4 <u8 <u8 <f4".split()})
+_HEAD = np.dtype(
+    {"names": "magic lrec flag label id id2 first".split(), "formats": "<u4 <u4 <u4 <f4 <u8 <u8 <f4".split()}
+)
 _SPAN = 4 << 20  # bytes of the .rec read at once while indexing
 
 # What the index may know about a record; everything but 0 makes the position bad.

@@ -6,6 +6,7 @@ The format is described in protomem/data/rec_index.py.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import struct
 from array import array
@@ -55,7 +56,7 @@ class RecordIO:
             if side.exists():
                 _use_side_labels(index, side)
             classes = read_property(property_file)
-            known = classes if classes is not None else int(index.label.max()) + 1
+            known = classes if classes is not None else max(1, int(index.label.max()) + 1)
             outside = (index.status == 0) & ((index.label < 0) | (index.label >= known))
             index.status[outside] = rec_index.OUT_OF_RANGE
             arrays = {name: getattr(index, name) for name in ("offset", "extent", "label", "key", "status")}
@@ -72,7 +73,7 @@ class RecordIO:
         self._offset, self._extent, self._key = arrays["offset"], arrays["extent"], arrays["key"]
         self._status = arrays["status"]
         self._size = self.rec.stat().st_size
-        self._file = None
+        self._file = open(self.rec, "rb", buffering=0)
 
     def _check(self) -> None:
         bad = self.damaged
@@ -97,10 +98,6 @@ class RecordIO:
         """File, key and offset of position i, for messages."""
         return f"{self.rec}: key {self._key[i]} at byte {self._offset[i]}"
 
-    def key(self, i: int) -> int:
-        """The key of position i in the .idx."""
-        return int(self._key[i])
-
     def reason(self, i: int) -> str:
         """Why position i is in `damaged`, "" if it is not."""
         status = int(self._status[i])
@@ -115,8 +112,6 @@ class RecordIO:
 
     def bytes(self, i: int) -> bytes:  # noqa: A003
         """The encoded image as stored; it may be empty or corrupt. Raises UserError (strict) for a broken record."""
-        if self._file is None:
-            self._file = open(self.rec, "rb", buffering=0)
         try:
             payload = rec_index.read_payload(
                 self._file.fileno(), int(self._offset[i]), self._size, int(self._extent[i])
@@ -134,7 +129,8 @@ class RecordIO:
         return load_column(self.stem, name, len(self))
 
     def __getstate__(self) -> dict:
-        state = dict(self.__dict__, _file=None)
+        state = dict(self.__dict__)
+        del state["_file"]
         if self._cached:  # the arrays are in a file: workers map it again instead of receiving gigabytes
             for name in ("labels", "_offset", "_extent", "_key", "_status"):
                 del state[name]
@@ -142,10 +138,12 @@ class RecordIO:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        if self._cached:
-            self._open()
-            if self.fingerprint != state["fingerprint"]:
-                raise UserError(f"{self.rec} was changed while it was in use")
+        if not self._cached:
+            self._file = open(self.rec, "rb", buffering=0)
+            return
+        self._open()
+        if self.fingerprint != state["fingerprint"]:
+            raise UserError(f"{self.rec} was changed while it was in use")
 
 
 def read_property(path: Path) -> int | None:
@@ -230,9 +228,12 @@ class RecordWriter:
 
     def __enter__(self) -> RecordWriter:
         self._made = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._temporary = self.folder / f"{self.stem}.rec.tmp-{os.getpid()}"
-        self._file = open(self._temporary, "wb")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._temporary, "wb")
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be written ({error.strerror})") from None
         return self
 
     def add(self, encoded: bytes, label: int) -> None:
@@ -280,13 +281,13 @@ class RecordWriter:
             raise UserError(f"{self.folder}: no image was added, nothing is written")
         labels = np.frombuffer(self._labels, np.int64)
         count = len(labels)
-        keys = range(count)
+        order = range(count)  # of the index lines: which record has key 0, 1, ...
         if self._grouped:
             starts = np.append(np.flatnonzero(np.diff(labels, prepend=-1)), count) + 1  # keys of the first images
             self._append(b"", (float(count + 1), float(count + len(starts))), 0)
             for number, (begin, end) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist())):
                 self._append(b"", (float(begin), float(end)), count + 1 + number)
-            keys = [*range(1, count + 1), 0, *range(count + 1, count + len(starts))]
+            order = itertools.chain([count], range(count), range(count + 1, count + len(starts)))
         self._file.flush()
         os.fsync(self._file.fileno())
         outputs[self._path(".rec")] = self._temporary
@@ -295,7 +296,7 @@ class RecordWriter:
         with open(self._new(outputs, self.folder / "property"), "w") as file:
             file.write(f"{labels.max() + 1},112,112\n")
         with open(self._new(outputs, self._path(".idx")), "w") as file:
-            file.writelines(f"{key}\t{offset}\n" for key, offset in sorted(zip(keys, self._offsets)))
+            file.writelines(f"{key}\t{self._offsets[row]}\n" for key, row in enumerate(order))
 
     def _new(self, outputs: dict[Path, Path], path: Path) -> Path:
         outputs[path] = path.with_name(f"{path.stem}.tmp-{os.getpid()}{path.suffix}")

@@ -33,13 +33,8 @@ class _Array:
     value: np.ndarray | None = None  # flat; None until its state is set
 
 
-_TYPES = {
-    "b1": np.bool_,
-    "u1": np.uint8,
-    "i1": np.uint8,
-    "i4": np.int32,
-    "i8": np.int64,
-}  # i1: raw bytes, as some wrote them
+# numpy types by their code; i1 is taken for raw bytes, as which some have written images
+_TYPES = {"b1": np.bool_, "u1": np.uint8, "i1": np.uint8, "i4": np.int32, "i8": np.int64}
 _BYTES_OF_PYTHON_2 = ("__builtin__.bytes", "builtins.bytes", "__builtin__.bytearray", "builtins.bytearray")
 _MARK = object()
 _CONSTANTS = {b"N": None, b"\x88": True, b"\x89": False, b")": (), b"(": _MARK}

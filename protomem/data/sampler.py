@@ -2,8 +2,8 @@
 
 Nothing of the epoch's length is stored and any step costs the same, so training resumes in the middle of an epoch, also
 with another number of ranks or loader threads, by asking for the next step. The permutation is a generalised Feistel
-cipher with cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, method 3) over
-integers hashed by splitmix64's finaliser (Steele, Lea, Flood, OOPSLA 2014), so it depends on no library's random stream.
+cipher with cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, method 3); its round
+function is the finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014), so no library's random stream is involved.
 
 Legend: B global batch, N records, P identities per batch, K images per identity.
 """
@@ -20,7 +20,7 @@ _MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def hash64(*values) -> np.ndarray:
-    """Mix integers (scalars or arrays, broadcast together, in this order) into uint64; negative ones count mod 2**64."""
+    """Mix integers (scalars or arrays, broadcast together; their order counts) into uint64; negative ones mod 2**64."""
     state = np.zeros(1, np.uint64)  # arrays, not scalars: numpy warns about scalars that wrap around
     for value in values:
         state = (state ^ np.asarray(value).astype(np.uint64)) + _GOLDEN
@@ -47,13 +47,14 @@ def permute(index, n, key) -> np.ndarray:
     a = np.sqrt(n.astype(np.float64)).astype(np.uint64)
     a += a * a < n
     b = (n + a - np.uint64(1)) // a
+    round_keys = hash64(key, np.arange(_ROUNDS)[:, None])
     out = index.copy()
     todo = np.arange(out.size)
     while todo.size:
-        x, sizes, keys = out[todo], (a[todo], b[todo]), key[todo]
+        x, sizes, keys = out[todo], (a[todo], b[todo]), round_keys[:, todo]
         low, high = x % sizes[0], x // sizes[0]
         for i in range(_ROUNDS):
-            low, high = high, (low + hash64(keys, i, high) % sizes[i % 2]) % sizes[i % 2]
+            low, high = high, (low + hash64(keys[i] ^ high) % sizes[i % 2]) % sizes[i % 2]
         out[todo] = low + sizes[0] * high  # after an even number of rounds `low` is again the digit of base a
         todo = todo[out[todo] >= n[todo]]
     return out.astype(np.int64)

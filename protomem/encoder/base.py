@@ -61,8 +61,12 @@ class Encoder(nn.Module):
             return block(x)
         if torch.compiler.is_compiling():  # functionalised: buffers are written in the forward graph only
             return checkpoint(block, x, use_reentrant=False)
-        keep = lambda: (contextlib.nullcontext(), _running_statistics_kept(block))  # noqa: E731
-        return checkpoint(block, x, use_reentrant=False, context_fn=keep)
+        return checkpoint(
+            block,
+            x,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), _running_statistics_kept(block)),
+        )
 
     def freeze_statistics(self, frozen: bool = True) -> Encoder:
         """Hold every BatchNorm on its running statistics, also after later `.train()` calls (False: undo).

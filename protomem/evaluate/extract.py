@@ -71,10 +71,10 @@ def extract(
             for images in pipeline.eval_batches(mine, batch_size, backend, device, size):
                 parts.append(_encode(encoder, images.to(device), batch_size, flip))
         except UserError as error:
-            problem = _first_broken(mine, encoded) or (0, str(error))
+            problem = _first_broken(mine, encoded) or str(error)
     # Nobody enters the gather alone: a rank that failed tells the others first.
     if problems := [p for p in distributed.gather_objects(problem) if p]:
-        raise UserError(min(problems)[1])
+        raise UserError(problems[0])
     out = torch.cat(parts)[: stop - start]
     out = distributed.gather_rows(out, [b - a for a, b in rows]).cpu().numpy()
     row = {data: i for i, data in enumerate(unique)}
@@ -93,15 +93,14 @@ def _encode(encoder, images, batch_size, flip) -> torch.Tensor:
     return out[:k]
 
 
-def _first_broken(part: list[bytes], encoded: list[bytes]) -> tuple[int, str] | None:
-    """(position in the whole list, message) of the first image of `part` that cannot be decoded."""
+def _first_broken(part: list[bytes], encoded: list[bytes]) -> str | None:
+    """The message about the first image of `part` that cannot be decoded."""
     for data in part:
         try:
             examine(data)
             decode_tolerant(data)
         except ValueError as error:
-            position = encoded.index(data)
-            return position, f"image {position} of {len(encoded)} cannot be decoded: {error}"
+            return f"image {encoded.index(data)} of {len(encoded)} cannot be decoded: {error}"
     return None
 
 

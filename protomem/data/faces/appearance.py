@@ -95,6 +95,11 @@ class Samples:
             [c.contiguous().index_select(0, self.image) for c in value.unbind(1)]
         )
 
+    def having(self, name: str, region: torch.Tensor) -> torch.Tensor:
+        """Indices of the samples in `region` (bool [N]) whose person has a positive value of `name`."""
+        where = region.nonzero().squeeze(1)
+        return where.index_select(0, (self.only(where)(name) > 0).nonzero().squeeze(1))
+
     def only(self, where: torch.Tensor) -> Samples:
         return Samples(self.people, self.image.index_select(0, where))
 
@@ -115,7 +120,7 @@ def face_albedo(s: Samples, place: torch.Tensor, skin: torch.Tensor, lips: torch
     colour = skin * (1 + 0.07 * (noise((x + 0.5 * z) * 16 + tu, (y + 0.3 * z) * 16 + tv) - 0.5))
     front = z > 0.8
     _freckles_and_lines(s, x, ax, y, z, colour)
-    _moles(s, (front & (y > 6.35) & (y < 7.95)).nonzero().squeeze(1), x, y, colour)
+    _moles(s, s.having("any_mole", front & (y > 6.35) & (y < 7.95)), x, y, colour)
     _beard(s, (y < 7.3) & (y > 5.95) & (z > 0.5), x, ax, y, z, lips, colour)
     where = (lips > 0).nonzero().squeeze(1)
     t, share = s.only(where), ramp(lips.index_select(0, where) * 1.3)
@@ -127,20 +132,20 @@ def face_albedo(s: Samples, place: torch.Tensor, skin: torch.Tensor, lips: torch
     hair = t("hair") * (0.75 + 0.4 * noise(hx * 40 + tu, hz * 12 + tv))
     colour.index_copy_(1, where, blend(colour.index_select(1, where), hair, share))
     where = (lash > 0).nonzero().squeeze(1)
-    dark = 1 - 0.85 * s.only(where)("lash") * lash.index_select(0, where)
+    dark = 1 - 0.6 * s.only(where)("lash") * lash.index_select(0, where)
     colour.index_copy_(1, where, colour.index_select(1, where) * dark)
     _other_materials(s, ax, y, material, colour)
     return colour
 
 
 def _freckles_and_lines(s, x, ax, y, z, colour) -> None:
-    where = ((z > 0.9) & (y < 7.3) & (y > 6.6) & (s("freckles") > 0)).nonzero().squeeze(1)
+    where = s.having("freckles", (z > 0.9) & (y < 7.3) & (y > 6.6))
     t, (fx, fy) = s.only(where), _select(where, x, y)
     tu, tv = t("texture")
     spots = ramp((noise(fx * 42 + tv, fy * 42 + tu) - 0.66) * 5)
     region = ramp(2.2 - 4.5 * (fy - 7.0).abs() - 1.4 * fx.abs())
     colour.index_copy_(1, where, colour.index_select(1, where) * (1 - 0.42 * spots * region * t("freckles")))
-    where = ((y > 7.56) & (z > 1.0) & (ax < 0.5) & (s("lines") > 0)).nonzero().squeeze(1)
+    where = s.having("lines", (y > 7.56) & (z > 1.0) & (ax < 0.5))
     t, (fx, fy) = s.only(where), _select(where, ax, y)
     wave = (fy + 0.05 * fx * fx) * 9
     wave = (wave - torch.floor(wave) - 0.5).abs()
@@ -158,11 +163,11 @@ def _moles(s, where, x, y, colour) -> None:
 
 
 def _beard(s, inside, x, ax, y, z, lips, colour) -> None:
-    where = (inside & (s("bearded") > 0)).nonzero().squeeze(1)
+    where = s.having("bearded", inside)
     t, (bx, sx, by, bz, lip) = s.only(where), _select(where, ax, x, y, z, lips)
     cheek, moustache, chin, line = t("beard")
     tu, tv = t("texture")
-    strands = noise(sx * 34 + tu, by * 14 + bz * 10 + tv)
+    strands = noise(sx * 64 + tu, by * 26 + bz * 18 + tv)
     border = 6.58 + 0.16 * line + 0.95 * (bx - 0.27).clamp(min=0) + 0.06 * (strands - 0.5)
     full = ramp((border - by) * 11) * ramp((by - 6.02) * 7) * ramp((bx - 0.2) * 7)
     lower = ramp((6.53 - by) * 10 + 0.3) * ramp((by - 6.05) * 8) * ramp((0.3 - bx) * 9)
@@ -170,8 +175,8 @@ def _beard(s, inside, x, ax, y, z, lips, colour) -> None:
     side = ramp(1.3 - (bx - 0.28).abs() * 13) * ramp((6.74 - by) * 12) * ramp((by - 6.42) * 12)  # beside the mouth
     amount = torch.maximum(full * cheek, torch.maximum(lower * chin, upper * moustache))
     amount = torch.maximum(amount, side * torch.minimum(moustache, chin))
-    amount = (amount * (0.6 + 0.7 * strands)).clamp(max=0.96) * (1 - ramp(lip * 1.5))
-    hair = t("hair") * (0.75 + 0.3 * strands)
+    amount = (amount * (0.8 + 0.4 * strands)).clamp(max=0.95) * (1 - ramp(lip * 1.5))
+    hair = t("hair") * (0.7 + 0.5 * strands)
     colour.index_copy_(1, where, blend(colour.index_select(1, where), hair, amount))
 
 
@@ -195,10 +200,10 @@ def _other_materials(s, ax, y, material, colour) -> None:
     t, (dx, dy) = s.only(eye), _select(eye, ax, y)
     dx, dy = dx - 0.3078, dy - 7.284
     d = torch.sqrt(dx * dx + dy * dy)
-    white = torch.tensor([[0.86], [0.83], [0.81]], device=colour.device)
-    iris = blend(white, t("iris") * (0.75 + 5 * d), ramp((0.081 - d) * 160))
-    iris = iris * (1 - 0.5 * ramp((d - 0.06) * 90) * ramp((0.084 - d) * 120))
-    colour.index_copy_(1, eye, iris * (1 - 0.94 * ramp((0.036 - d) * 160)))
+    white = torch.tensor([[0.9], [0.87], [0.85]], device=colour.device)
+    iris = blend(white, t("iris") * (0.75 + 5 * d), ramp((0.077 - d) * 160))
+    iris = iris * (1 - 0.5 * ramp((d - 0.057) * 90) * ramp((0.08 - d) * 120))
+    colour.index_copy_(1, eye, iris * (1 - 0.94 * ramp((0.033 - d) * 160)))
     for which, rgb in ((TEETH, (0.86, 0.83, 0.77)), (TONGUE, (0.6, 0.3, 0.3))):
         where = other.index_select(0, (kind == which).nonzero().squeeze(1))
         colour[:, where] = torch.tensor(rgb, device=colour.device)[:, None]

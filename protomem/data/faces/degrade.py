@@ -35,8 +35,8 @@ def quality(severities: np.ndarray) -> np.ndarray:
 def degrade(linear: torch.Tensor, severities: np.ndarray, keys: np.ndarray) -> torch.Tensor:
     """linear: float32 [n, 3, S, S] in 0..1 -> uint8 [n, 3, S, S]; keys: uint64 [n], the random stream of each picture.
 
-    At severity 1: blur of 4 pixels' deviation, down-sampling to 14 x 14, noise of 40 levels' deviation, 45 % of the
-    face's box hidden, JPEG quality 4, and 7 % of the light."""
+    At severity 1: blur of 4 pixels' deviation, down-sampling to 14 x 14, noise of 32 levels' deviation, 45 % of the
+    face's box hidden, JPEG quality 5, and 7 % of the light."""
     out = _to_pixels(linear)
     for row in np.nonzero(severities.any(1))[0]:
         picture, size = linear[row], linear.shape[-1]
@@ -53,7 +53,7 @@ def degrade(linear: torch.Tensor, severities: np.ndarray, keys: np.ndarray) -> t
             target = max(4, round(size / (1 + 7 * down)))
             pixels = _resample(pixels, _down_up_matrix(size, target))
         if noise or dark:
-            pixels = _sensor_noise(pixels, 40 * noise + 7 * dark, own)
+            pixels = _sensor_noise(pixels, 32 * noise + 6 * dark, own)
         if compression:
             pixels = _compress(pixels, compression)
         out[row] = pixels
@@ -76,7 +76,7 @@ def _occlude(picture: torch.Tensor, severity: float, own: np.ndarray) -> torch.T
     reach = torch.sqrt(dx * dx + dy * dy) * 0.9 if u[3] < 0.5 else torch.maximum(dx.abs(), dy.abs())
     mask = ((1 - reach) * 12).clamp(0, 1)
     stripe = torch.floor((dx * 3 + dy * 2 * u[4] + 8) * (1 + 2 * u[5])) % 2 if u[6] < 0.4 else torch.zeros(1, 1).double()
-    colours = [torch.from_numpy(c**2)[:, None, None] for c in (0.1 + 0.75 * u[7:10], 0.1 + 0.75 * u[[8, 10, 11]])]
+    colours = [torch.from_numpy(c**2)[:, None, None] for c in ((0.08 + 0.7 * u[7]) * (0.75 + 0.25 * u[8:11]), 0.1 + 0.6 * u[[11, 8, 9]])]
     patch = colours[0] + (colours[1] - colours[0]) * stripe
     mask, patch = mask.float().to(picture.device), patch.float().to(picture.device)
     return picture + (patch - picture) * mask
@@ -124,9 +124,9 @@ def _sensor_noise(pixels: torch.Tensor, deviation: float, own: np.ndarray) -> to
 
 
 def _compress(pixels: torch.Tensor, severity: float) -> torch.Tensor:
-    """What JPEG loses (8 x 8 DCT, the standard's example tables, 4:2:0 chroma) at quality 60 down to 4, computed here
+    """What JPEG loses (8 x 8 DCT, the standard's example tables, 4:2:0 chroma) at quality 60 down to 5, computed here
     because codecs differ in their last bits."""
-    q = 60 * (4 / 60) ** severity
+    q = 60.0 * (5 / 60) ** severity
     scale = 5000 / q if q < 50 else 200 - 2 * q
     r, g, b = pixels.double()
     y = 0.299 * r + 0.587 * g + 0.114 * b

@@ -38,7 +38,9 @@ def hair_shells(seed: int, people: np.ndarray, person: dict[str, np.ndarray]) ->
     shape = (len(people), hair.COLUMNS, hair.ROWS)
     bumps = normal(key(seed, "identity", people, "bumps"), shape[1] * shape[2]).reshape(shape) * 0.5
     bumps[:, -1] = bumps[:, 0]
-    points, low, high, share = hair.shell_template(hair.load_guides(), ends, thickness, strands["lumps"], bumps)
+    points, low, high, share = hair.shell_template(
+        hair.load_guides(), ends, thickness, strands["hang"], strands["lumps"], bumps
+    )
     return strands | {
         "line": line, "ends": ends, "shell": points.reshape(len(people), -1, 3), "low": low.reshape(len(people), -1),
         "high": high.reshape(len(people), -1), "share": share.reshape(len(people), -1),
@@ -52,7 +54,7 @@ def build(
     picture's person, from Head.exact."""
     device = neutral.device
     skin = head.express(neutral, scene["expression"])
-    eyes = [skin[i].sum(0) / len(i) for i in (head.right_eye, head.left_eye)]  # [3, n]; exact sums
+    eyes = [skin[i].sum(0) * (1 / len(i)) for i in (head.right_eye, head.left_eye)]  # [3, n]; exact sums
     moved = skin - tables["vertices"][:, :, None]
     shell = _shell(moved, person, device)
     frame = hair.frame_points(person["frame"], *(e.t().cpu().numpy() for e in eyes[::-1]),

@@ -1,7 +1,8 @@
 """Hair and glasses: small meshes built around the head, bound to it so that they follow each person's shape.
 
-Hair is one shell of columns that run from the crown downwards: along the scalp as far as the level of the brows, then
-straight down. A style is the level `ends` at which each column stops and the thickness of the shell there.
+Hair is one shell of columns that run from the crown downwards, along the scalp as far as the level of the brows; below
+it they follow the head (`hang` 0) or fall straight (`hang` 1). A style is the level `ends` at which each column stops,
+the thickness of the shell there, and `hang`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _STYLE = {name: i for i, name in enumerate(STYLES)}
 
 
 class Guides:
-    """`points`, `outward` [COLUMNS, _ARC + _DROP, 3]; `bound` int64, the same grid: the vertex that each point follows;
+    """`points` (that follow the head), `straight`, `outward` [COLUMNS, _ARC + _DROP, 3]; `bound` int64, the same grid: the vertex that each point follows;
     `column` [V]: azimuth of each head vertex in columns; `triangles` of the shell."""
 
     def __init__(self, head: Head) -> None:
@@ -42,15 +43,31 @@ class Guides:
         drop = np.repeat(arc[:, -1:], _DROP, 1)
         top = arc[:, -1:, 1]
         drop[:, :, 1] = top + (_FLOOR - top) * np.linspace(0, 1, _DROP + 1)[1:]
-        self.points = snap(np.concatenate([arc, drop], 1))
+        self.straight = snap(np.concatenate([arc, drop], 1))
+        close = drop.copy()
+        close[:, :, [0, 2]] = _CENTRE[[0, 2]] + flat[:, None, [0, 2]] * _girth(head, drop[:, :, 1])[..., None]
+        self.points = snap(np.concatenate([arc, close], 1))
         self.outward = snap(np.concatenate([direction, np.repeat(flat[:, None], _DROP, 1)], 1))
-        bound = scalp[cosine.argmax(-1)]
+        bound = scalp[snap(cosine, 2.0**-30).argmax(-1)]  # snapped: mirrored vertices tie everywhere or nowhere
         self.bound = np.concatenate([bound, np.repeat(bound[:, -1:], _DROP, 1)], 1)
         around = np.arctan2(v[:, 0], v[:, 2] - _CENTRE[2])
         self.column = snap((around + np.pi) / (2 * np.pi) * (COLUMNS - 1))
         q = np.arange(COLUMNS * ROWS).reshape(COLUMNS, ROWS)
         a, b, c, d = (p.reshape(-1) for p in (q[:-1, :-1], q[1:, :-1], q[:-1, 1:], q[1:, 1:]))
         self.triangles = np.concatenate([np.stack([a, c, b], 1), np.stack([b, c, d], 1)])
+
+
+def _girth(head: Head, level: np.ndarray) -> np.ndarray:
+    """Horizontal distance [COLUMNS, rows] from the axis to the skin, ears left out, at each column's azimuth and level."""
+    v = head.vertices[head.skin_vertices]
+    v = v[(head.masks[head.skin_vertices, 2] < 0.1) & (v[:, 1] < 7.9)]
+    radius = np.hypot(v[:, 0], v[:, 2] - _CENTRE[2])
+    outer = radius > 0.3  # not the inside of the mouth
+    v, radius = v[outer], radius[outer]
+    turn = AZIMUTH[:, None] - np.arctan2(v[:, 0], v[:, 2] - _CENTRE[2])
+    near = np.sin(0.5 * turn)[:, None] ** 2 / 0.004 + ((level[..., None] - v[:, 1]) / 0.08) ** 2
+    weight = np.exp(-near + near.min(-1, keepdims=True))
+    return (weight * radius).sum(-1) / weight.sum(-1)
 
 
 @lru_cache(maxsize=1)
@@ -78,8 +95,8 @@ def hairline(person: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def style_shell(person: dict[str, np.ndarray], line: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Ends [n, COLUMNS] and thickness [n, COLUMNS, 2] (at the crown, at the end) of the shell in dm, and the look of its
-    strands: `fade` (share of the length over which the ends thin out), `ragged`, `lumps` (dm)."""
+    """Ends [n, COLUMNS] and thickness [n, COLUMNS, 2] (at the crown, at the end) of the shell in dm, `hang` [n, COLUMNS], and
+    [n] each: `fade` (share of the length over which the ends thin out), `ragged`, `lumps` (dm)."""
     n = len(line)
     style, s = person["style"][:, None], person["style_shape"]
     ends, fade = line.copy(), np.full((n, 1), 0.12)
@@ -122,15 +139,16 @@ def style_shell(person: dict[str, np.ndarray], line: np.ndarray) -> tuple[np.nda
         ragged=0.3, lumps=0.012 + 0.04 * (s[8] > 0.6))  # fmt: skip
     use("tied", crown=0.05 + 0.06 * s[1], end=0.02, fade=0.1, ragged=0.2)
     thickness = np.stack([np.broadcast_to(crown, ends.shape), np.broadcast_to(end, ends.shape)], 2)
-    return snap(ends), snap(thickness), {"fade": fade[:, 0], "ragged": ragged[:, 0], "lumps": lumps[:, 0]}
+    hang = ((style == _STYLE["bob"]) | (style == _STYLE["long"])) * (1 - face)
+    return snap(ends), snap(thickness), {"hang": snap(hang), "fade": fade[:, 0], "ragged": ragged[:, 0], "lumps": lumps[:, 0]}
 
 
 def shell_template(
-    guides: Guides, ends: np.ndarray, thickness: np.ndarray, lumps: np.ndarray, bumps: np.ndarray
+    guides: Guides, ends: np.ndarray, thickness: np.ndarray, hang: np.ndarray, lumps: np.ndarray,
+    bumps: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Shell points on the base head [n, COLUMNS, ROWS, 3] and the two bound vertices of each with the second's share.
     `bumps` [n, COLUMNS, ROWS] in -1..1 displaces the surface by `lumps` dm."""
-    n = len(ends)
     y = guides.points[:, :, 1]
     # where on its column does the level `ends` lie? y falls monotonically along a column
     steps = np.clip((y[None, :, :-1] - ends[:, :, None]) / (y[None, :, :-1] - y[None, :, 1:]), 0, 1)
@@ -142,12 +160,16 @@ def shell_template(
     low = np.minimum(at.astype(np.int64), y.shape[1] - 2)
     share = at - low
     column = np.arange(COLUMNS)[None, :, None]
-    point = guides.points[column, low] * (1 - share[..., None]) + guides.points[column, low + 1] * share[..., None]
-    out = guides.outward[column, low] * (1 - share[..., None]) + guides.outward[column, low + 1] * share[..., None]
+
+    def along(grid: np.ndarray) -> np.ndarray:
+        return grid[column, low] * (1 - share[..., None]) + grid[column, low + 1] * share[..., None]
+
+    hang = hang[:, :, None, None]
+    point = along(guides.points) * (1 - hang) + along(guides.straight) * hang
     thick = thickness[:, :, :1] + (thickness[:, :, 1:] - thickness[:, :, :1]) * (t * t * t)
-    taper = np.where(t > 0.9, (1 - t) * 10, 1.0)  # the very ends lie on the skin
-    thick = thick * (0.25 + 0.75 * taper) + lumps[:, None, None] * bumps
-    return point + out * thick[..., None], guides.bound[column, low], guides.bound[column, low + 1], share
+    taper = 1 - t**4 * (1 - 0.7 * hang[..., 0])  # ends lie on the skin unless they hang freely
+    thick = thick * taper + lumps[:, None, None] * bumps
+    return point + along(guides.outward) * thick[..., None], guides.bound[column, low], guides.bound[column, low + 1], share
 
 
 LENS = 20  # points around a lens

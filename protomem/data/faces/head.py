@@ -35,6 +35,8 @@ class Head:
         self.index = {name: i for i, name in enumerate(self.names)}
         self.expressions = [name[5:] for name in self.names if name.startswith("expr/")]  # the last targets
         base = np.round(data["V"].astype(np.float64) * 1e4)
+        # the mesh is cut off at y = 5.75; a longer neck keeps the cut out of the picture
+        base[:, 1] -= 5 * np.clip(60000 - base[:, 1], 0, None)
         self.vertices = base * 1e-4
         targets = np.zeros((len(self.names), base.size))
         for i, (a, b) in enumerate(zip(data["ptr"][:-1], data["ptr"][1:])):

@@ -71,8 +71,8 @@ def identity_parameters(head: Head, seed: int, identities: np.ndarray, spread: f
     out["tone"] = np.concatenate([0.022 * g("tone", 12), -0.12 * u("eye shadow", 1), 0.03 * g("forehead", 1), np.zeros((n, 2))], 1)
     light = 1 - 0.6 * pigment[:, None]
     out["redness"] = np.concatenate(
-        [0.012 * g("redness", 12), 0.04 * u("eye red", 1), np.zeros((n, 1)), 0.22 * u("blush", 1) * light,
-         0.16 * u("nose red", 1) * light], 1)  # fmt: skip
+        [0.012 * g("redness", 12), 0.04 * u("eye red", 1), np.zeros((n, 1)), 0.13 * u("blush", 1) * light,
+         0.1 * u("nose red", 1) * light], 1)  # fmt: skip
     m = u("moles", 3 * MOLES).reshape(n, MOLES, 3)
     number = np.floor(u("mole count", 1) ** 2 * (MOLES + 1))
     size = (0.011 + 0.016 * m[:, :, 2] ** 2) * (np.arange(MOLES) < number)
@@ -108,7 +108,7 @@ def _hair_style(out: dict[str, np.ndarray], male: np.ndarray, u) -> None:
     # hairline: height above the middle of the forehead, recession at the temples, widow's peak, sideburn level
     s = u("hairline", 4)
     recede = np.where(male > 0, s[:, 1] * (0.35 + 0.9 * out["age"]), 0.25 * s[:, 1])
-    out["hairline"] = np.stack([7.84 + 0.2 * s[:, 0], 0.3 * recede, 0.05 * (s[:, 2] - 0.3), 6.9 + 0.45 * s[:, 3]], 1)
+    out["hairline"] = np.stack([7.84 + 0.2 * s[:, 0], 0.3 * recede, 0.05 * (s[:, 2] - 0.3), 7.0 + 0.35 * s[:, 3]], 1)
 
 
 def _mix(race: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -11,14 +11,14 @@ import torch
 
 from protomem.data.faces.hashing import bits, key, uniform
 from protomem.data.faces.head import load_head
-from protomem.data.faces.identity import identity_parameters
+from protomem.data.faces.identity import STYLES, identity_parameters
 from protomem.data.faces.scene import ImageOptions
 from protomem.data.faces.synth import read_manifest, render_blocks, replace_file, write_manifest
 from protomem.errors import UserError
 
 FIRST_IDENTITY = 10_000_000
 _FOLDS = 10
-_POOL = 6  # look-alikes are sought among this many times as many people
+_POOL = 10  # look-alikes are sought among this many times as many people
 
 _CLEAN = ImageOptions(yaw_std=6, pitch_std=4, expression=0.8, degrade=0)
 # the first and the second picture of a pair
@@ -34,8 +34,8 @@ def write_face_pairs(
     folder: str | os.PathLike,
     *,
     kinds: tuple[str, ...] = ("clean", "cross_pose", "low_quality", "look_alike"),
-    pairs: int = 1200,
-    identities: int = 400,
+    pairs: int = 2000,
+    identities: int = 200,
     first_identity: int = FIRST_IDENTITY,
     seed: int = 0,
     spread: float = 0.35,
@@ -74,7 +74,9 @@ def write_face_pairs(
         if read_manifest(manifest, wanted, [path]) is not None:
             continue
         people, same = plan_pairs(kind, pairs, identities, first_identity, seed, spread)
-        blocks = render_blocks(people.reshape(-1), np.arange(2 * pairs), list(options), seed=seed, spread=spread,
+        pictures, place = np.unique(picture_numbers(people, same), axis=0, return_inverse=True)
+        place = place.reshape(-1)
+        blocks = render_blocks(pictures[:, 0], pictures[:, 1], list(options), seed=seed, spread=spread,
                                device=device, workers=workers, title=f"rendering {kind} pairs" if progress else None,
                                encode=lambda picture: encode_jpeg(picture, quality))  # fmt: skip
         encoded, truth = [], []
@@ -82,8 +84,8 @@ def write_face_pairs(
             encoded += block
             truth.append(block_quality)
         manifest.unlink(missing_ok=True)
+        encoded, truth = [encoded[k] for k in place], np.concatenate(truth)[place]
         write_bin(path, encoded, same.tolist())
-        truth = np.concatenate(truth)
         replace_file(folder / f"{kind}.quality.npy", lambda file, truth=truth: np.save(file, truth))
         write_manifest(manifest, wanted, [path], {"pairs": pairs, "quality_mean": float(truth.mean())})
     return out
@@ -108,6 +110,22 @@ def plan_pairs(
         people += [np.stack([genuine, genuine], 1), impostor]
         same += [np.ones(half, bool), np.zeros(half, bool)]
     return np.concatenate(people), np.concatenate(same)
+
+
+def picture_numbers(people: np.ndarray, same: np.ndarray) -> np.ndarray:
+    """Which picture of whom stands where: int64 [2 * pairs, 2] of (person, number) for people [pairs, 2], same [pairs].
+
+    Everybody has three pictures for the first place of a pair (even numbers) and three for the second (odd ones), used
+    again and again, as LFW does: nine different genuine pairs of a person, and far fewer pictures to render than places."""
+    numbers = np.empty_like(people)
+    for side in (0, 1):
+        group = people[:, side] * 2 + same
+        order = group.argsort(kind="stable")
+        new = np.r_[True, np.diff(group[order]) != 0]
+        turn = np.empty(len(group), np.int64)
+        turn[order] = np.arange(len(group)) - np.maximum.accumulate(np.where(new, np.arange(len(group)), 0))
+        numbers[:, side] = 2 * ((turn + side * (turn // 3)) % 3) + side
+    return np.stack([people, numbers], 2).reshape(-1, 2)
 
 
 def _random_pairs(people: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -146,10 +164,9 @@ def identity_features(people: np.ndarray, seed: int, spread: float) -> np.ndarra
         face = head.skin_vertices[(head.vertices[head.skin_vertices, 2] > 0.9)][::8]
         shape = head.express(head.exact(p["weights"]), np.zeros((len(block), len(head.expressions))))
         shape = shape[face].numpy().reshape(-1, len(block)).T
-        style = np.eye(p["style"].max() + 1)[p["style"]]
-        style = np.pad(style, ((0, 0), (0, 16 - style.shape[1])))
+        style = np.eye(len(STYLES))[p["style"]]
         parts.append(np.concatenate(
-            [shape * (2.5 / np.sqrt(shape.shape[1] / 3) / 0.1), p["skin"] * 8, p["hair"] * 3, p["lip"] * 2, p["iris"] * 1.5,
-             p["brow"] * [12, 12, 2, 0.5, 1, 4], p["beard"][:, :3] * 1.2, style * 0.8, p["glasses"][:, None] * 1.5,
-             p["age"][:, None] * 1.5], 1))  # fmt: skip
+            [shape * (1.6 / np.sqrt(shape.shape[1] / 3) / 0.1), p["skin"] * 8, p["hair"] * 4, p["lip"] * 2, p["iris"] * 1.5,
+             p["brow"] * [12, 12, 2, 0.5, 1, 4], p["beard"][:, :3] * 1.5, style * 1.2, p["glasses"][:, None] * 2,
+             p["age"][:, None] * 1.5, p["freckles"][:, None] * 2], 1))  # fmt: skip
     return np.concatenate(parts)

@@ -33,18 +33,16 @@ class Fragments(NamedTuple):
     weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     depth: torch.Tensor
 
-    def only(self, where: torch.Tensor) -> Fragments:
-        weights = tuple(w.index_select(0, where) for w in self.weights)
-        return Fragments(*(v.index_select(0, where) for v in self[:2]), weights, self.depth.index_select(0, where))
-
 
 def rasterise(
-    x: torch.Tensor, y: torch.Tensor, z: torch.Tensor, triangles: torch.Tensor, two_sided: torch.Tensor, size: int
+    x: torch.Tensor, y: torch.Tensor, z: torch.Tensor, triangles: torch.Tensor, two_sided: torch.Tensor, size: int,
+    nearer_than: torch.Tensor | None = None,
 ) -> Fragments:
     """x, y: int64 [V, n] in 1/64 samples, |x|, |y| <= 2**16, y downwards; z: float32 [V, n], larger is nearer;
     triangles int64 [T, 3]; two_sided bool [T] (the others are drawn only when they turn counter-clockwise on screen,
     as seen with y downwards); pictures of size x size samples; sample (i, j) lies at (j + 1/2, i + 1/2). An edge belongs
-    to both of its triangles; of equally near samples the later triangle wins."""
+    to both of its triangles; of equally near samples the later triangle wins. `nearer_than`:
+    float32 [n * size * size], depths behind which nothing is reported."""
     n = x.shape[1]
     front = _front_triangles(x, y, triangles, two_sided, size)
     x, y, z = (v.t().to(torch.float64).contiguous().view(-1) for v in (x, y, z))
@@ -80,6 +78,10 @@ def rasterise(
 
     covered = (buffer != _EMPTY).nonzero().squeeze(1)
     winner = buffer.index_select(0, covered) & 0xFFFFFFFF
+    depth = depth.index_select(0, winner)
+    if nearer_than is not None:
+        seen = (depth > nearer_than.index_select(0, covered)).nonzero().squeeze(1)
+        covered, winner, depth = (v.index_select(0, seen) for v in (covered, winner, depth))
     of_visible = of_sample.index_select(0, winner)
     row = real_row.index_select(0, of_visible)
     column = (low.index_select(0, of_visible) + step.index_select(0, winner)).to(torch.float64)
@@ -89,7 +91,7 @@ def rasterise(
         v, p, q = ((d[k] / front.area).index_select(0, which) for d in (f, dx, dy))
         weights.append(((v + q * row) + p * column).to(torch.float32))
     weights.append((1 - weights[0]) - weights[1])
-    return Fragments(covered, front.triangle.index_select(0, which), tuple(weights), depth.index_select(0, winner))
+    return Fragments(covered, front.triangle.index_select(0, which), tuple(weights), depth)
 
 
 def _spans(f, dx, dy, of_row, row, size) -> tuple[torch.Tensor, torch.Tensor]:

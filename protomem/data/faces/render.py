@@ -17,11 +17,10 @@ from protomem.data.faces.raster import Fragments, rasterise
 from protomem.data.faces.scene import DEGRADATIONS, ImageOptions, scene_parameters
 
 RENDERER = 1  # counts up whenever a pixel changes: cached sets of another number are rendered again
-_SUPERSAMPLING = 2
 _CHUNK_CPU, _CHUNK_GPU = 16, 64  # pictures at a time; on the CPU the intermediate tensors should stay in the cache
 _SAMPLED = [0, 1, 2, 3 + MASKS.index("lips"), 3 + MASKS.index("lash")]  # rows of the static table, per sample
 _LOOK = ("texture", "skin", "lip", "lip_strength", "lash", "hair", "brow_colour", "brow", "iris", "mole_x", "mole_y",
-         "mole_size", "freckles", "lines", "beard", "bearded", "frame_colour", "fade", "ragged")  # fmt: skip
+         "mole_size", "any_mole", "freckles", "lines", "beard", "bearded", "frame_colour", "fade", "ragged")  # fmt: skip
 
 
 def render_faces(
@@ -46,6 +45,9 @@ def render_faces(
         raise ValueError(f"identities {identities.shape} and images {images.shape} must be one list each, equally long")
     if size % 16 or size < 32:
         raise ValueError(f"size {size} must be a multiple of 16, at least 32")
+    if not len(images):
+        names = ("quality", "yaw", "pitch", *DEGRADATIONS)
+        return torch.zeros(0, size, size, 3, dtype=torch.uint8), {name: np.zeros(0, np.float32) for name in names}
     device = torch.device(device)
     people, which = np.unique(identities, return_inverse=True)
     person = _people(seed, people, spread)
@@ -57,11 +59,10 @@ def render_faces(
             rows = slice(start, start + chunk)
             of_picture = {name: value[which[rows]] for name, value in person.items()}
             parts.append(_draw(of_picture, {name: value[rows] for name, value in scenes.items()}, size, device))
-    pixels = torch.cat(parts) if parts else torch.zeros(0, size, size, 3, dtype=torch.uint8)
     severities = scenes["severities"]
     truth = {"quality": quality(severities), "yaw": scenes["yaw"], "pitch": scenes["pitch"]}
     truth |= {name: severities[:, k] for k, name in enumerate(DEGRADATIONS)}
-    return pixels, {name: value.astype(np.float32) for name, value in truth.items()}
+    return torch.cat(parts), {name: value.astype(np.float32) for name, value in truth.items()}
 
 
 def _people(seed: int, people: np.ndarray, spread: float) -> dict[str, np.ndarray]:
@@ -69,6 +70,7 @@ def _people(seed: int, people: np.ndarray, spread: float) -> dict[str, np.ndarra
     person = identity_parameters(head, seed, people, spread)
     person |= geometry.hair_shells(seed, people, person)
     person["mole_x"], person["mole_y"], person["mole_size"] = person["moles"].transpose(2, 0, 1)
+    person["any_mole"] = person["mole_size"].max(1)
     person["bearded"] = person["beard"][:, :3].max(1)
     person["exact"] = head.exact(person["weights"]).t().contiguous().numpy()
     return person
@@ -76,23 +78,32 @@ def _people(seed: int, people: np.ndarray, spread: float) -> dict[str, np.ndarra
 
 def _draw(person: dict[str, np.ndarray], scene: dict[str, np.ndarray], size: int, device: torch.device) -> torch.Tensor:
     tables = _tables(str(device))
-    samples = size * _SUPERSAMPLING
+    samples = size * 3 // 2
     neutral = torch.from_numpy(person["exact"]).to(device).t().contiguous()
     solid, shell = geometry.build(load_head(), neutral, person, scene, samples, tables)
     values = {name: person[name] for name in _LOOK} | _light(scene)
     values = {name: torch.from_numpy(value.astype(np.float32)).to(device) for name, value in values.items()}
-    canvas = _backdrop(scene, size, device).repeat_interleave(_SUPERSAMPLING, 2).repeat_interleave(_SUPERSAMPLING, 3)
-    canvas = canvas.view(3, -1)
+    canvas = _backdrop(scene, size, device)[..., _nearest(size, device), :][..., _nearest(size, device)].contiguous().view(3, -1)
     depth = torch.full(canvas.shape[1:], -1e9, device=device)
     _paint_head(canvas, depth, solid, tables, values, _vertex_look(tables, person, device), samples)
     _paint_hair(canvas, depth, shell, tables, values, samples)
-    # box filter in linear light, summed in a fixed order
-    p = canvas.view(3, -1, size, 2, size, 2)
-    p = (p[..., 0, :, 0] + p[..., 0, :, 1]) + (p[..., 1, :, 0] + p[..., 1, :, 1])
-    exposure = torch.from_numpy((0.25 * scene["exposure"]).astype(np.float32)).to(device)
+    p = _reduce(canvas.view(3, -1, samples, samples))
+    exposure = torch.from_numpy((scene["exposure"] * (1 / 9)).astype(np.float32)).to(device)
     linear = (p * exposure[:, None, None]).clamp(0, 1).permute(1, 0, 2, 3)
     pixels = degrade(linear, scene["severities"], scene["degrade_key"])
     return pixels.permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def _nearest(size: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(size * 3 // 2, device=device) * 2 // 3
+
+
+def _reduce(p: torch.Tensor) -> torch.Tensor:
+    """9 times the mean of 3/2 x 3/2 samples, along rows and columns: [..., 3 k, 3 k] -> [..., 2 k, 2 k]."""
+    for _ in range(2):  # filter the rows, turn the picture, filter what were its columns, turn it back
+        a, b, c = p[..., 0::3, :], p[..., 1::3, :], p[..., 2::3, :]
+        p = torch.stack((a + a + b, b + (c + c)), -2).flatten(-3, -2).transpose(-1, -2)
+    return p
 
 
 @lru_cache(maxsize=4)
@@ -110,7 +121,8 @@ def _tables(device: str) -> dict[str, torch.Tensor]:
         "triangles": np.concatenate([head.triangles, frame]), "material": material, "two_sided": material == look.FRAME,
         "static": np.ascontiguousarray(static.T), "vertices": head.vertices, "fields": look.vertex_fields(head),
         "column": guides.column, "scalp": look.scalp_mask(head), "shell": guides.triangles,
-        "shell_two_sided": row[guides.triangles].min(1) >= hair.ROWS // 3,  # further up, the head hides the inside
+        # further up, the head hides the inside of the shell
+        "shell_inside": guides.triangles[row[guides.triangles].min(1) >= hair.ROWS // 3][:, ::-1].copy(),
         "strand": np.stack([column, row / (hair.ROWS - 1)]).astype(np.float32),
     }  # fmt: skip
     return {name: torch.from_numpy(value).to(device) for name, value in out.items()}
@@ -168,23 +180,24 @@ def _paint_head(canvas, depth, mesh, tables, values, vertex_look, samples) -> No
     material = tables["material"].index_select(0, seen.triangle)
     colour = look.face_albedo(s, static[:3], moving[:3], static[3], static[4], moving[3], material)
     sharp = ((material == EYE) | (material == look.FRAME)).to(torch.float32)
-    open_ = moving[4] + (1 - moving[4]) * 0.5 * sharp
+    open_ = moving[4] + (1 - moving[4]) * 0.75 * sharp
     shine = (0.07 + 0.63 * sharp) * open_ * (1 - moving[3])
     canvas.index_copy_(1, seen.sample, look.shade(s, colour, normal, open_, shine, sharp))
     depth.index_copy_(0, seen.sample, seen.depth)
 
 
 def _paint_hair(canvas, depth, mesh, tables, values, samples) -> None:
-    triangles = tables["shell"]
-    seen = rasterise(mesh.x, mesh.y, mesh.z, triangles, tables["shell_two_sided"], samples)
-    seen = seen.only((seen.depth > depth.index_select(0, seen.sample)).nonzero().squeeze(1))
-    s = look.Samples(values, torch.div(seen.sample, samples * samples, rounding_mode="floor"))
-    corners = _corners(seen, triangles)
-    column, along = _interpolate(seen.weights, corners, tables["strand"])
-    normal = _interpolate(seen.weights, [c + s.image * len(mesh.z) for c in corners], mesh.normal.flatten(1))
-    colour, cover, open_, shine = look.hair_look(s, column, along)
-    lit = look.shade(s, colour, normal, open_, shine)
-    canvas.index_copy_(1, seen.sample, look.blend(canvas.index_select(1, seen.sample), lit, cover))
+    """The far side of the shell (seen from inside, below the head), then the near side."""
+    one_sided = torch.zeros(1, dtype=torch.bool, device=depth.device)
+    for triangles in (tables["shell_inside"], tables["shell"]):
+        seen = rasterise(mesh.x, mesh.y, mesh.z, triangles, one_sided, samples, depth)
+        s = look.Samples(values, torch.div(seen.sample, samples * samples, rounding_mode="floor"))
+        corners = _corners(seen, triangles)
+        column, along = _interpolate(seen.weights, corners, tables["strand"])
+        normal = _interpolate(seen.weights, [c + s.image * len(mesh.z) for c in corners], mesh.normal.flatten(1))
+        colour, cover, open_, shine = look.hair_look(s, column, along)
+        lit = look.shade(s, colour, normal, open_, shine)
+        canvas.index_copy_(1, seen.sample, look.blend(canvas.index_select(1, seen.sample), lit, cover))
 
 
 def _light(scene) -> dict[str, np.ndarray]:
@@ -207,12 +220,11 @@ def _backdrop(scene, size, device) -> torch.Tensor:
     du, dv = torch.floor(b[:, 4] * 4096), torch.floor(b[:, 5] * 4096)
     t = (torch.arange(size, dtype=torch.float32, device=device) + 0.5) * (1 / size)
     u, v = (w.expand(len(b), size, size) for w in (t, t[:, None]))
-    waves, detail = look.noise(coarse * u + du, coarse * v + dv), look.noise(fine * u + dv, fine * v + du)
+    waves, tint = (look.noise(coarse * u + (du + k), coarse * v + dv) - 0.5 for k in (0, 17))
+    value = waves + 0.3 * (look.noise(fine * u + dv, fine * v + du) - 0.5)
     out = []
-    for c in range(3):
-        tint = look.noise(coarse * u + du + 17 * (c + 1), coarse * v + dv)
-        hue = 1 + 0.3 * (b[:, 6 + c] - 0.5)
-        value = level * hue + contrast * ((waves - 0.5) + 0.35 * (tint - 0.5) + 0.3 * (detail - 0.5))
-        value = value.clamp(0.02, 0.98)
-        out.append(value * value)
+    for c, share in enumerate((0.2, -0.05, -0.2)):
+        hue = 1 + 0.22 * (b[:, 6 + c] - 0.5)
+        channel = (level * hue + contrast * (value + share * tint)).clamp(0.08, 0.97)
+        out.append(channel * channel)
     return torch.stack(out)

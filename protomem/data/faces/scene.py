@@ -95,10 +95,11 @@ def _expression_weights(head: Head, n: int, u, g, strength: float) -> np.ndarray
     small = [name for name in head.expressions if "Look" not in name and "tongue" not in name]
     for k, value in enumerate(np.clip(g("twitch", len(small)), 0, 3).T):
         add(small[k], strength * 0.035 * value)
-    blink = np.where(u("blink")[:, 0] < 0.03, 0.95, 0.22 * u("lids")[:, 0]) * strength
-    across, up = (0.35 * strength * g("gaze", 2)).T
+    blink = np.where(u("blink")[:, 0] < 0.03, 0.95, 0.1 * u("lids")[:, 0]) * strength
+    across, up = (0.25 * strength * g("gaze", 2)).T
     for side, sign in (("Left", 1), ("Right", -1)):
         add("eyeBlink" + side, blink)
+        add("eyeWide" + side, np.full(n, 0.3))  # the base mesh looks tired
         add("eyeLookOut" + side, np.clip(sign * across, 0, 1))
         add("eyeLookIn" + side, np.clip(-sign * across, 0, 1))
         add("eyeLookUp" + side, np.clip(0.6 * up, 0, 1))

@@ -43,7 +43,7 @@ def write_face_set(
     """Render a training set in insightface's form into the folder `path`: train.rec, train.idx, property, and
     train.quality.npy (float32 per image in record order, 1 = clean). Label k is person first_identity + k.
 
-    long_tail: the number of images per identity falls like a power of its rank, between 2 and 8 times the mean, with
+    long_tail: the number of images per identity falls like a power of its rank, between 2 and 20 times the mean, with
     `images_per_identity` as its mean (our default is the same number for all). quality: of the JPEG encoder, 1..100.
     workers: threads that render, by default one per CPU core. Returns statistics; if train.json shows that the folder
     holds exactly this set, they are returned at once, with `cached` True. Raises UserError for impossible numbers."""
@@ -91,19 +91,19 @@ def write_face_set(
 
 
 def images_per_person(identities: int, mean: int, long_tail: bool, seed: int) -> np.ndarray:
-    """int64 [identities]. Long tail: proportional to rank ** -a, at least 2, at most 8 * mean, `a` chosen for the mean;
-    ranks are dealt to the identities at random."""
+    """int64 [identities]. Long tail: proportional to rank ** -0.7, at least 2, at most 20 times the mean, scaled to the
+    mean; half of the people then have half of the mean or less. Ranks are dealt to the identities at random."""
     if not long_tail:
         return np.full(identities, mean, np.int64)
-    rank = np.arange(1, identities + 1, dtype=np.float64)
+    falling = np.arange(1, identities + 1, dtype=np.float64) ** -0.7
 
-    def counts(a: float) -> np.ndarray:
-        return np.clip(np.floor(8 * mean * rank**-a), 2, 8 * mean).astype(np.int64)
+    def counts(first: float) -> np.ndarray:
+        return np.clip(np.floor(first * falling), 2, 20 * mean).astype(np.int64)
 
-    low, high = 0.0, 8.0
-    for _ in range(50):
+    low, high = 0.0, 20.0 * mean * identities
+    for _ in range(60):
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if counts(middle).mean() > mean else (low, middle)
+        low, high = (middle, high) if counts(middle).mean() < mean else (low, middle)
     return counts(high)[bits(key(seed, "long tail"), identities)[0].argsort(kind="stable").argsort(kind="stable")]
 
 
@@ -111,8 +111,8 @@ def render_blocks(
     identities: np.ndarray, images: np.ndarray, options: ImageOptions | list[ImageOptions], *, seed: int, spread: float,
     device, workers: int | None, title: str | None, encode,
 ) -> Iterator[tuple[int, list, np.ndarray]]:  # fmt: skip
-    """Render in threads, in order: (first position, encoded pictures, their quality). A list of options is cycled
-    through, one per picture."""
+    """Render in threads, in order: (first position, encoded pictures, their quality). Of a list of
+    options, picture number i takes the one at i modulo its length."""
     workers = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count()
     kinds = options if isinstance(options, list) else [options]
 
@@ -120,7 +120,7 @@ def render_blocks(
         rows = slice(start, min(start + _BLOCK, len(images)))
         encoded, truth = [b""] * (rows.stop - start), np.empty(rows.stop - start, np.float32)
         for k, kind in enumerate(kinds):
-            chosen = np.nonzero(np.arange(start, rows.stop) % len(kinds) == k)[0]
+            chosen = np.nonzero(images[rows] % len(kinds) == k)[0]
             pixels, found = render_faces(identities[rows][chosen], images[rows][chosen], seed=seed, spread=spread,
                                          device=device, options=kind)  # fmt: skip
             for place, picture in zip(chosen, pixels.numpy()):
