@@ -18,7 +18,8 @@ $(VENV)/.done: setup.py constraints.txt
 
 quickstart: setup
 	$(BIN)/protomem data synth data/quickstart/train --identities 300 --images 16
-	$(BIN)/protomem data pairs data/quickstart/pairs --synth --count 2000 --identities 150
+	$(BIN)/protomem data pairs data/quickstart/pairs --synth --kinds clean,cross_pose,low_quality --count 2000 --identities 150
+	$(BIN)/protomem data pairs data/quickstart/pairs --synth --kinds look_alike --count 600 --identities 150
 	PYTHON=$(BIN)/python launch/local.sh $(RANKS) configs/quickstart.yaml
 
 test: setup

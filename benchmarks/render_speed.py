@@ -27,7 +27,9 @@ from protomem.data.patterns import PatternRecords
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=320, help="faces per repeat; patterns are drawn ten times as often")
+    parser.add_argument(
+        "--images", type=int, default=320, help="faces per repeat; patterns are drawn ten times as often"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2, help="threads of `faces: set`")
     parser.add_argument("--device", default="cpu")
@@ -40,8 +42,15 @@ def main() -> None:
 
     def write_set(repeat: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            write_face_set(folder, identities=count // 20, images_per_identity=20, seed=repeat, device=arguments.device,
-                           workers=arguments.workers, progress=False)  # fmt: skip
+            write_face_set(
+                folder,
+                identities=count // 20,
+                images_per_identity=20,
+                seed=repeat,
+                device=arguments.device,
+                workers=arguments.workers,
+                progress=False,
+            )
 
     def render(repeat: int) -> None:
         threads = torch.get_num_threads()
@@ -66,7 +75,12 @@ def main() -> None:
     rows = []
     for name, values in figures.items():
         for quantity, column in (("images/s", 0), ("CPU ms per image", 1)):
-            row = {"source": name, "device": arguments.device, "quantity": quantity, **spread([v[column] for v in values])}
+            row = {
+                "source": name,
+                "device": arguments.device,
+                "quantity": quantity,
+                **spread([v[column] for v in values]),
+            }
             rows.append(row)
             print(f"{name:30} {quantity:17} median {row['median']:9.2f}  min {row['min']:9.2f}  max {row['max']:9.2f}")
     if arguments.out:

@@ -58,10 +58,6 @@ class Run:
         """How many steps, and how a step's rows are cut: over ranks, then into micro-batches."""
         s, t, world = self.config.schedule, self.config.train, self.context.world_size
         self.epoch_steps = self.sampler.steps_per_epoch
-        if self.epoch_steps == 0:
-            raise UserError(
-                f"train.batch_size={t.batch_size} is more than the {len(self.records)} images of {self.config.data.train}"
-            )
         self.total = s.steps or s.epochs * self.epoch_steps
         self.warmup = s.warmup_steps or round(s.warmup_epochs * self.epoch_steps)
         if t.batch_size < world * t.accumulate:
@@ -96,6 +92,7 @@ class Run:
             "identities": self.records.num_classes,
             "batch_size": c.train.batch_size,
             "seed": c.train.seed,
+            "optimizer": c.optimizer.name,
             "sampler": c.data.sampler.name,
             "images_per_identity": c.data.sampler.images_per_identity if c.data.sampler.name == "balanced" else None,
         }
@@ -210,6 +207,8 @@ class Run:
             model = torch.compile(model)
         self.model = model
         self.model.train()
+        if world > 1:
+            self._settle_buckets()
         self.saved, self.finite = self.step, torch.ones((), device=self.device)
         self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": time.monotonic()}
         a = c.data.augment
@@ -246,6 +245,15 @@ class Run:
             loader.close()
             self._release_signals()
         return True
+
+    def _settle_buckets(self) -> None:
+        """DDP re-orders its gradient buckets after its first backward, and with three or more ranks their order decides
+        how float sums round. One empty pass before the first step lets a resumed run round as the uninterrupted one."""
+        kept = [b.clone() for b in self.encoder.buffers()]
+        size = self.config.data.size
+        self.model(torch.zeros(2, 3, size, size, device=self.device)).sum().mul(0).backward()
+        for buffer, value in zip(self.encoder.buffers(), kept):
+            buffer.copy_(value)
 
     def _timed(self, batches):
         """Yields the batches; measures how long the loop waits for each."""
@@ -318,9 +326,10 @@ class Run:
 
     def _check_finite(self) -> None:
         if not self.finite.item():
+            kept = f"the checkpoint of step {self.saved} is intact" if self.saved else "nothing was saved"
             raise UserError(
-                f"the loss became NaN or infinite by step {self.step}; the checkpoint of step {self.saved} is intact: lower "
-                "optimizer.lr, set optimizer.clip, or lengthen the warm-up, and start again"
+                f"the loss became NaN or infinite by step {self.step}; {kept}: lower optimizer.lr, set optimizer.clip, or "
+                "lengthen the warm-up, and start again"
             )
 
     def _periodic(self) -> None:

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from protomem.data.faces import DEGRADATIONS, ImageOptions, contact_sheet, render_faces, write_face_pairs, write_face_set
+from protomem.data.faces import (
+    DEGRADATIONS,
+    ImageOptions,
+    contact_sheet,
+    render_faces,
+    write_face_pairs,
+    write_face_set,
+)
 from protomem.data.faces import degrade, geometry, pairs, raster, render, scene, synth
 from protomem.data.faces.hashing import bits, key, normal, uniform
 from protomem.data.faces.head import load_head
@@ -344,7 +351,9 @@ def test_face_set_is_cached_by_its_arguments(face_set):
     for change in (dict(seed=4), dict(options=dataclasses.replace(ImageOptions(), degrade=0.31)), dict(identities=4)):
         wanted = json.loads((folder / "train.json").read_text())["arguments"]
         other = {**wanted, **{k: dataclasses.asdict(v) if k == "options" else v for k, v in change.items()}}
-        assert synth.read_manifest(folder / "train.json", wanted, [folder / "train.rec", folder / "train.idx", folder / "property"])
+        assert synth.read_manifest(
+            folder / "train.json", wanted, [folder / "train.rec", folder / "train.idx", folder / "property"]
+        )
         assert synth.read_manifest(folder / "train.json", other, [folder / "train.rec"]) is None
 
 
@@ -418,8 +427,9 @@ def test_pairs_are_written_with_their_quality_and_kept(tmp_path):
     assert decode(encoded[0]).shape == (112, 112, 3)
     assert (quality[1::2] < 1).all() and 0 < (quality[::2] == 1).sum() < 20
     people, _ = pairs.plan_pairs("low_quality", 20, 20, pairs.FIRST_IDENTITY, 0, 0.35)
-    sharp = int(2 * np.nonzero(quality[::2] == 1)[0][0])
-    picture, _ = render_faces(people.reshape(-1)[sharp], sharp, options=pairs.PAIR_OPTIONS["low_quality"][0])
+    sharp = int(2 * np.nonzero(quality[::2] == 1)[0][-1])
+    number = pairs.picture_numbers(people, same)[sharp, 1]
+    picture, _ = render_faces(people.reshape(-1)[sharp], number, options=pairs.PAIR_OPTIONS["low_quality"][0])
     assert np.abs(decode(encoded[sharp]).astype(float) - picture[0].numpy()).mean() < 4
     stamp = os.stat(path).st_mtime_ns
     assert write_face_pairs(tmp_path, **arguments)["low_quality"] == path

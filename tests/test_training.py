@@ -75,10 +75,10 @@ def test_same_curve_at_every_world_size(world, small_set, tmp_path, reference):
 
 
 def test_same_curve_with_a_vit_and_adamw(small_set, tmp_path):
-    more = ("encoder.name=vit_t", "optimizer.name=adamw", "optimizer.lr=0.0005", "optimizer.clip=0", "schedule.steps=30")
+    more = ("encoder.name=vit_t", "optimizer.name=adamw", "optimizer.lr=0.0005", "optimizer.clip=0", "schedule.steps=20")
     alone = run(1, small_set, tmp_path / "alone", *more)
     assert_close(run(2, small_set, tmp_path / "two", *more), alone, 1e-4)
-    assert alone[30] < 0.5 * alone[1]
+    assert alone[20] < 0.7 * alone[1]
 
 
 def test_accumulated_micro_batches_equal_the_large_batch(small_set, tmp_path, reference):
@@ -135,18 +135,21 @@ def test_sampled_shards_resume_with_their_momentum(small_set, tmp_path):
 
 
 def test_checkpoint_of_other_data_or_model_is_refused(small_set, tmp_path):
-    run(1, small_set, tmp_path, "schedule.steps=2")
-    with pytest.raises(AssertionError, match="batch_size=24, this run has 31"):
-        run(1, small_set, tmp_path, "train.batch_size=31", "schedule.steps=4")
-    with pytest.raises(AssertionError, match="is of another model or optimizer|is .* there"):
-        run(1, small_set, tmp_path, "encoder.embedding_size=8", "schedule.steps=4")
-    with pytest.raises(AssertionError, match="only in"):
-        run(1, small_set, tmp_path, "optimizer.name=adamw", "schedule.steps=4")
+    run(1, small_set, tmp_path, "schedule.steps=2", "schedule.warmup_steps=0")
+    for change, message in (
+        ("train.batch_size=31", "made with batch_size=24, this run has 31"),
+        ("encoder.embedding_size=8", "is .* there, .* in this run"),
+        ("optimizer.name=adamw", "made with optimizer=sgd, this run has adamw"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(config.load([], settings(small_set, tmp_path, "schedule.steps=4", "schedule.warmup_steps=0", change)))
 
 
 def test_nan_loss_stops_and_leaves_the_checkpoint(small_set, tmp_path):
-    with pytest.raises(AssertionError, match="NaN or infinite .* checkpoint of step 2 is intact"):
-        run(1, small_set, tmp_path, "checkpoint.every=2", "optimizer.lr=1e30", "schedule.warmup_steps=0", "schedule.decay=constant")
+    more = ("checkpoint.every=1", "optimizer.lr=1e30", "schedule.warmup_steps=0", "schedule.decay=constant")
+    with pytest.raises(UserError, match="NaN or infinite by step 2; the checkpoint of step 1 is intact"):
+        train(config.load([], settings(small_set, tmp_path, *more, "optimizer.clip=0")))
+    assert [path.name for path in state.checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
 
 
 def test_sigterm_saves_and_resumes(small_set, tmp_path):
@@ -166,7 +169,7 @@ def test_sigterm_saves_and_resumes(small_set, tmp_path):
 
 def test_config_errors_are_raised_before_training(small_set, tmp_path):
     for text, message in (
-        ("train.batch_size=1000", "more than the 248 images"),
+        ("train.batch_size=1000", "1000 cannot be drawn from 248 images"),
         ("schedule.warmup_steps=100", "warmup_steps=100"),
         ("data.eval=[nowhere.bin]", "nowhere.bin does not exist"),
         ("margin.m1=2", "has no effect on margin.name=cosface"),

@@ -1,7 +1,7 @@
 """Generated pictures that carry an identity: for tests and benchmarks at 10**5 to 10**7 identities, nothing stored.
 
-A person is a 7 x 7 grid of random colours, drawn as a smooth field; a picture of it is shifted, has its own brightness and
-contrast, and noise. All of it is a hash of (seed, identity, image) and integer arithmetic, so it is the same everywhere.
+A person is a 7 x 7 grid of random colours, drawn as a smooth field; a picture of it is shifted, has its own
+brightness and contrast, and noise. All of it is a hash of (seed, identity, image) and exact arithmetic.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _NOISE = 1 << 16
 class PatternRecords:
     """`images_per_identity` pictures of each of `num_identities` patterns, uint8 size x size RGB, sorted by identity.
 
-    The reader interface of protomem.data.records, plus `array(i)`, the picture without JPEG encoding. Opened by the path
-    "patterns:identities=100000,images=4,seed=1,size=112" (seed 0 and size 112 unless given)."""
+    The reader interface of protomem.data.records, plus `array(i)`, the picture without JPEG encoding. Opened by the
+    path "patterns:identities=100000,images=4,seed=1,size=112" (seed 0 and size 112 unless given)."""
 
     def __init__(self, num_identities: int, images_per_identity: int, seed: int = 0, size: int = 112):
         if num_identities < 1 or images_per_identity < 1 or not 16 <= size <= 1024:
@@ -32,7 +32,12 @@ class PatternRecords:
                 f"patterns need identities >= 1, images >= 1 and 16 <= size <= 1024, not {num_identities}, "
                 f"{images_per_identity} and {size}"
             )
-        self.num_classes, self.images_per_identity, self.seed, self.size = num_identities, images_per_identity, seed, size
+        self.num_classes, self.images_per_identity, self.seed, self.size = (
+            num_identities,
+            images_per_identity,
+            seed,
+            size,
+        )
         self.path = f"patterns:identities={num_identities},images={images_per_identity},seed={seed},size={size}"
         self.fingerprint = hashlib.sha256(f"v1 {self.path}".encode()).hexdigest()[:16]
         self.damaged = np.zeros(0, np.int64)
@@ -72,7 +77,10 @@ class PatternRecords:
         columns = np.matmul(across, colours.reshape(_GRID, _GRID * 3).astype(np.float32))
         columns = columns.reshape(self.size, _GRID, 3).transpose(1, 0, 2).reshape(_GRID, -1)
         field = np.matmul(down, columns).reshape(self.size, self.size, 3)  # _WEIGHT**2 times the colour
-        contrast, offset = 128 + int(own[2]) % 48, int(own[2] >> np.uint64(32)) % 50  # of 256; levels: at most 254 in all
+        contrast, offset = (
+            128 + int(own[2]) % 48,
+            int(own[2] >> np.uint64(32)) % 50,
+        )  # of 256; levels: at most 254 in all
         field *= np.float32(contrast / (256 * _WEIGHT**2))
         start = int(own[3] % np.uint64(_NOISE))
         noise = _noise()[start : start + field.size].reshape(field.shape)

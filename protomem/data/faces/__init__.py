@@ -9,6 +9,12 @@ from protomem.data.faces.scene import DEGRADATIONS, ImageOptions
 from protomem.data.faces.synth import contact_sheet, write_face_set
 
 __all__ = [
-    "DEGRADATIONS", "FIRST_IDENTITY", "ImageOptions", "PAIR_OPTIONS", "contact_sheet", "render_faces", "write_face_pairs",
+    "DEGRADATIONS",
+    "FIRST_IDENTITY",
+    "ImageOptions",
+    "PAIR_OPTIONS",
+    "contact_sheet",
+    "render_faces",
+    "write_face_pairs",
     "write_face_set",
-]  # fmt: skip
+]

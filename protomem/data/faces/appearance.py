@@ -82,7 +82,7 @@ def scalp_mask(head: Head) -> np.ndarray:
 
 
 class Samples:
-    """Visible samples with the parameters of their person at hand: `s("skin")` is [N] or [3, N], `s.only(where)` a subset.
+    """Visible samples with their person's parameters at hand: `s("skin")` is [N] or [3, N], `s.only(where)` a subset.
 
     people: tensors [n] or [n, k]; image int64 [N]."""
 
@@ -91,8 +91,10 @@ class Samples:
 
     def __call__(self, name: str) -> torch.Tensor:
         value = self.people[name]
-        return value.index_select(0, self.image) if value.ndim == 1 else torch.stack(
-            [c.contiguous().index_select(0, self.image) for c in value.unbind(1)]
+        return (
+            value.index_select(0, self.image)
+            if value.ndim == 1
+            else torch.stack([c.contiguous().index_select(0, self.image) for c in value.unbind(1)])
         )
 
     def having(self, name: str, region: torch.Tensor) -> torch.Tensor:
@@ -108,8 +110,15 @@ def _select(where: torch.Tensor, *values: torch.Tensor) -> list[torch.Tensor]:
     return [v.index_select(-1, where) for v in values]
 
 
-def face_albedo(s: Samples, place: torch.Tensor, skin: torch.Tensor, lips: torch.Tensor, lash: torch.Tensor,
-                scalp: torch.Tensor, material: torch.Tensor) -> torch.Tensor:  # fmt: skip
+def face_albedo(
+    s: Samples,
+    place: torch.Tensor,
+    skin: torch.Tensor,
+    lips: torch.Tensor,
+    lash: torch.Tensor,
+    scalp: torch.Tensor,
+    material: torch.Tensor,
+) -> torch.Tensor:
     """sRGB [3, N] of the samples of head and glasses.
 
     place [3, N]: position on the base head; skin [3, N]: colour of the bare skin; lips, lash, scalp [N]: shares of lip,
@@ -224,11 +233,17 @@ def hair_look(
     return colour, cover, 0.75 + 0.25 * locks, 0.02 + 0.12 * strands * locks
 
 
-def shade(s: Samples, colour: torch.Tensor, normal_: torch.Tensor, open_: torch.Tensor, shine: torch.Tensor,
-          sharp: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+def shade(
+    s: Samples,
+    colour: torch.Tensor,
+    normal_: torch.Tensor,
+    open_: torch.Tensor,
+    shine: torch.Tensor,
+    sharp: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Linear light [3, N] from sRGB albedo [3, N]: sky, a wrapped key light (warmer where it grazes), one highlight.
 
-    normal_ [3, N] in camera space, turned towards the camera where needed; open_ [N] share of the sky that is not hidden;
+    normal_ [3, N] in camera space, turned towards the camera where needed; open_ [N] share of the sky not hidden;
     shine [N] strength of the highlight; sharp [N] 1 for a small highlight (eyes, glasses), 0 for a broad one."""
     nx, ny, nz = normal_
     scale = torch.copysign(1 / (torch.sqrt(nx * nx + ny * ny + nz * nz) + 1e-6), nz)

@@ -12,20 +12,28 @@ import torch
 
 from protomem.data.faces.hashing import bits, key, snap, uniform
 
-# What the worst case of each costs, as a share of the quality that the others leave (our choice, by looking at pictures)
+# What the worst case of each costs, as a share of the quality that the others leave (our default, by eye)
 _COST = np.array([0.75, 0.8, 0.5, 0.6, 0.55, 0.6])
 _LUMA = np.array(
-    [[16, 11, 10, 16, 24, 40, 51, 61], [12, 12, 14, 19, 26, 58, 60, 55], [14, 13, 16, 24, 40, 57, 69, 56],
-     [14, 17, 22, 29, 51, 87, 80, 62], [18, 22, 37, 56, 68, 109, 103, 77], [24, 35, 55, 64, 81, 104, 113, 92],
-     [49, 64, 78, 87, 103, 121, 120, 101], [72, 92, 95, 98, 112, 100, 103, 99]])  # fmt: skip
+    [
+        [16, 11, 10, 16, 24, 40, 51, 61],
+        [12, 12, 14, 19, 26, 58, 60, 55],
+        [14, 13, 16, 24, 40, 57, 69, 56],
+        [14, 17, 22, 29, 51, 87, 80, 62],
+        [18, 22, 37, 56, 68, 109, 103, 77],
+        [24, 35, 55, 64, 81, 104, 113, 92],
+        [49, 64, 78, 87, 103, 121, 120, 101],
+        [72, 92, 95, 98, 112, 100, 103, 99],
+    ]
+)
 _CHROMA = np.full((8, 8), 99)
 _CHROMA[:4, :4] = [[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]]
 
 
 def quality(severities: np.ndarray) -> np.ndarray:
-    """quality = prod over degradations of (1 - cost * severity), float64 [n] from severities [n, 6]: 1 if clean, falling
-    strictly with every severity, about 0.0015 when all are at their worst. Costs: blur 0.75, downsample 0.8, noise 0.5,
-    occlusion 0.6, compression 0.55, low_light 0.6 (our default)."""
+    """quality = prod over degradations of (1 - cost * severity), float64 [n] from severities [n, 6]: 1 if clean, and
+    falling strictly with every severity, 0.0018 when all are at their worst. Costs: blur 0.75, downsample 0.8,
+    noise 0.5, occlusion 0.6, compression 0.55, low_light 0.6 (our default)."""
     out = np.ones(len(severities))
     for k, cost in enumerate(_COST):
         out = out * (1 - cost * severities[:, k])
@@ -75,8 +83,13 @@ def _occlude(picture: torch.Tensor, severity: float, own: np.ndarray) -> torch.T
     dx, dy = ((t - cx) / half_w)[None, :], ((t - cy) / half_h)[:, None]
     reach = torch.sqrt(dx * dx + dy * dy) * 0.9 if u[3] < 0.5 else torch.maximum(dx.abs(), dy.abs())
     mask = ((1 - reach) * 12).clamp(0, 1)
-    stripe = torch.floor((dx * 3 + dy * 2 * u[4] + 8) * (1 + 2 * u[5])) % 2 if u[6] < 0.4 else torch.zeros(1, 1).double()
-    colours = [torch.from_numpy(c**2)[:, None, None] for c in ((0.08 + 0.7 * u[7]) * (0.75 + 0.25 * u[8:11]), 0.1 + 0.6 * u[[11, 8, 9]])]
+    stripe = (
+        torch.floor((dx * 3 + dy * 2 * u[4] + 8) * (1 + 2 * u[5])) % 2 if u[6] < 0.4 else torch.zeros(1, 1).double()
+    )
+    colours = [
+        torch.from_numpy(c**2)[:, None, None]
+        for c in ((0.08 + 0.7 * u[7]) * (0.75 + 0.25 * u[8:11]), 0.1 + 0.6 * u[[11, 8, 9]])
+    ]
     patch = colours[0] + (colours[1] - colours[0]) * stripe
     mask, patch = mask.float().to(picture.device), patch.float().to(picture.device)
     return picture + (patch - picture) * mask
@@ -91,7 +104,9 @@ def _blur_matrix(size: int, sigma: float) -> np.ndarray:
 def _down_up_matrix(size: int, target: int) -> np.ndarray:
     """Area averaging down to `target` cells, then linear interpolation back."""
     edges = np.arange(target + 1) * (size / target)
-    cells = np.clip(np.minimum(edges[1:, None], np.arange(size) + 1.0) - np.maximum(edges[:-1, None], np.arange(size)), 0, 1)
+    cells = np.clip(
+        np.minimum(edges[1:, None], np.arange(size) + 1.0) - np.maximum(edges[:-1, None], np.arange(size)), 0, 1
+    )
     down = cells * (target / size)
     at = np.clip((np.arange(size) + 0.5) * (target / size) - 0.5, 0, target - 1)
     low = np.minimum(at.astype(int), target - 2)
@@ -152,7 +167,7 @@ def _quantise(plane: torch.Tensor, table: np.ndarray, scale: float) -> torch.Ten
     plane = torch.nn.functional.pad(plane[None, None], pad, mode="replicate")[0, 0]
     blocks = plane.reshape(plane.shape[0] // 8, 8, -1, 8).transpose(1, 2)
     coefficients = torch.matmul(torch.matmul(dct, blocks), dct.t())
-    # a product summed in another order differs by 1e-13; the coarse grid swallows that before a tie can be decided by it
+    # a product summed in another order differs by 1e-13; the coarse grid swallows that before it can decide a tie
     coefficients = torch.round(coefficients * 1024) * 2.0**-10
     blocks = torch.floor(coefficients / step + 0.5) * step
     plane = torch.matmul(torch.matmul(dct.t(), blocks), dct).transpose(1, 2).reshape(plane.shape)

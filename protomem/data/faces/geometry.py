@@ -23,7 +23,7 @@ ARCFACE_TEMPLATE = np.array(
 
 
 class Mesh(NamedTuple):
-    """x, y: int64 [V, n] in sub-samples; z: float32 [V, n] dm; normal: float32 [3, n, V] in camera space, any length."""
+    """x, y: int64 [V, n] in sub-samples; z: float32 [V, n] dm; normal: float32 [3, n, V], camera space, any length."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -42,13 +42,22 @@ def hair_shells(seed: int, people: np.ndarray, person: dict[str, np.ndarray]) ->
         hair.load_guides(), ends, thickness, strands["hang"], strands["lumps"], bumps
     )
     return strands | {
-        "line": line, "ends": ends, "shell": points.reshape(len(people), -1, 3), "low": low.reshape(len(people), -1),
-        "high": high.reshape(len(people), -1), "share": share.reshape(len(people), -1),
-    }  # fmt: skip
+        "line": line,
+        "ends": ends,
+        "shell": points.reshape(len(people), -1, 3),
+        "low": low.reshape(len(people), -1),
+        "high": high.reshape(len(people), -1),
+        "share": share.reshape(len(people), -1),
+    }
 
 
 def build(
-    head: Head, neutral: torch.Tensor, person: dict[str, np.ndarray], scene: dict[str, np.ndarray], size: int, tables: dict
+    head: Head,
+    neutral: torch.Tensor,
+    person: dict[str, np.ndarray],
+    scene: dict[str, np.ndarray],
+    size: int,
+    tables: dict,
 ) -> tuple[Mesh, Mesh]:
     """The solid mesh (head, then glasses) and the hair shell, for pictures of size x size samples. `neutral`: each
     picture's person, from Head.exact."""
@@ -57,8 +66,9 @@ def build(
     eyes = [skin[i].sum(0) * (1 / len(i)) for i in (head.right_eye, head.left_eye)]  # [3, n]; exact sums
     moved = skin - tables["vertices"][:, :, None]
     shell = _shell(moved, person, device)
-    frame = hair.frame_points(person["frame"], *(e.t().cpu().numpy() for e in eyes[::-1]),
-                              skin[head.nose_bridge].t().cpu().numpy())  # fmt: skip
+    frame = hair.frame_points(
+        person["frame"], *(e.t().cpu().numpy() for e in eyes[::-1]), skin[head.nose_bridge].t().cpu().numpy()
+    )
     worn = scene["glasses"] < person["glasses"]
     frame = np.where(worn[:, None, None], frame, frame[:, :1])  # not worn: one point, which covers nothing
     solid = torch.cat([skin, torch.from_numpy(frame).to(device).permute(1, 2, 0)])
@@ -127,12 +137,17 @@ def _sum(v: np.ndarray) -> np.ndarray:
 
 
 def _normals(points: torch.Tensor, triangles: torch.Tensor) -> torch.Tensor:
-    """Area-weighted vertex normals [V, 3, n]: sums of integers, exact in any order, so a parallel sum is reproducible."""
+    """Area-weighted vertex normals [V, 3, n]: sums of integers, exact in any order, even in parallel."""
     points = points * (1 / POSITION_GRID)
     a = points[triangles[:, 0]]
     e, f = points[triangles[:, 1]] - a, points[triangles[:, 2]] - a
     cross = torch.stack(
-        (e[:, 1] * f[:, 2] - e[:, 2] * f[:, 1], e[:, 2] * f[:, 0] - e[:, 0] * f[:, 2], e[:, 0] * f[:, 1] - e[:, 1] * f[:, 0]), 1
+        (
+            e[:, 1] * f[:, 2] - e[:, 2] * f[:, 1],
+            e[:, 2] * f[:, 0] - e[:, 0] * f[:, 2],
+            e[:, 0] * f[:, 1] - e[:, 1] * f[:, 0],
+        ),
+        1,
     )
     out = torch.zeros_like(points)
     for k in range(3):

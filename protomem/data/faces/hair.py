@@ -25,8 +25,9 @@ _STYLE = {name: i for i, name in enumerate(STYLES)}
 
 
 class Guides:
-    """`points` (that follow the head), `straight`, `outward` [COLUMNS, _ARC + _DROP, 3]; `bound` int64, the same grid: the vertex that each point follows;
-    `column` [V]: azimuth of each head vertex in columns; `triangles` of the shell."""
+    """`points` (that follow the head), `straight`, `outward` [COLUMNS, _ARC + _DROP, 3]; `bound` int64, the same
+    grid: the vertex that each point follows; `column` [V]: azimuth of each head vertex in columns; `triangles` of the
+    shell."""
 
     def __init__(self, head: Head) -> None:
         v = head.vertices
@@ -58,7 +59,7 @@ class Guides:
 
 
 def _girth(head: Head, level: np.ndarray) -> np.ndarray:
-    """Horizontal distance [COLUMNS, rows] from the axis to the skin, ears left out, at each column's azimuth and level."""
+    """Horizontal distance [COLUMNS, rows] from the axis to the skin without ears, at each column's azimuth."""
     v = head.vertices[head.skin_vertices]
     v = v[(head.masks[head.skin_vertices, 2] < 0.1) & (v[:, 1] < 7.9)]
     radius = np.hypot(v[:, 0], v[:, 2] - _CENTRE[2])
@@ -94,9 +95,11 @@ def hairline(person: dict[str, np.ndarray]) -> np.ndarray:
     return snap(level * front + back * (1 - front))
 
 
-def style_shell(person: dict[str, np.ndarray], line: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Ends [n, COLUMNS] and thickness [n, COLUMNS, 2] (at the crown, at the end) of the shell in dm, `hang` [n, COLUMNS], and
-    [n] each: `fade` (share of the length over which the ends thin out), `ragged`, `lumps` (dm)."""
+def style_shell(
+    person: dict[str, np.ndarray], line: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Ends [n, COLUMNS] and thickness [n, COLUMNS, 2] (at the crown, at the end) of the shell in dm, `hang`
+    [n, COLUMNS], and [n] each: `fade` (share of the length over which the ends thin out), `ragged`, `lumps` (dm)."""
     n = len(line)
     style, s = person["style"][:, None], person["style_shape"]
     ends, fade = line.copy(), np.full((n, 1), 0.12)
@@ -121,30 +124,71 @@ def style_shell(person: dict[str, np.ndarray], line: np.ndarray) -> tuple[np.nda
     use("cropped", crown=0.025, end=0.012, ragged=0.5)
     use("short", crown=0.1 + 0.14 * s[1], end=0.03 + 0.05 * s[2] + 0.06 * s[3] * _front(30, 60), ragged=0.5)
     bangs = np.minimum(line, 7.58 + 0.2 * s[1] + 0.06 * s[2] * np.abs(signed) / 40)
-    use("fringe", ends=bangs * front + (line - 0.12 * s[3]) * (1 - front), crown=0.1 + 0.1 * s[4], end=0.05, fade=0.18,
-        ragged=0.6)  # fmt: skip
+    use(
+        "fringe",
+        ends=bangs * front + (line - 0.12 * s[3]) * (1 - front),
+        crown=0.1 + 0.1 * s[4],
+        end=0.05,
+        fade=0.18,
+        ragged=0.6,
+    )
     sweep = np.minimum(line, 7.62 + 0.3 * s[1] + 0.006 * (signed + 40))
-    use("swept", ends=sweep * front + (line - 0.08 * s[3]) * (1 - front), crown=0.12 + 0.1 * s[4], end=0.07, fade=0.15,
-        ragged=0.4)  # fmt: skip
+    use(
+        "swept",
+        ends=sweep * front + (line - 0.08 * s[3]) * (1 - front),
+        crown=0.12 + 0.1 * s[4],
+        end=0.07,
+        fade=0.15,
+        ragged=0.4,
+    )
     volume = 0.1 + 0.28 * s[1]
-    use("curls", ends=line - 0.05 - 0.5 * s[2] * (1 - face), crown=volume, end=0.5 * volume * (1 - 0.6 * front),
-        fade=0.1, ragged=0.9, lumps=0.07)  # fmt: skip
+    use(
+        "curls",
+        ends=line - 0.05 - 0.5 * s[2] * (1 - face),
+        crown=volume,
+        end=0.5 * volume * (1 - 0.6 * front),
+        fade=0.1,
+        ragged=0.9,
+        lumps=0.07,
+    )
     # long styles part the hair from the forehead outwards, with or without a fringe
     fringe = np.where(s[5] < 0.3, np.minimum(line, 7.6 + 0.12 * s[1]), line - 0.02)
     curtain = np.where(s[5] > 0.65, line - 0.5 * s[6] * np.clip(_DEGREES / 50, 0, 1) ** 2, fringe)
     body = 0.12 + 0.1 * s[4] + 0.04 * s[7] * np.ones((1, COLUMNS))
-    use("bob", ends=curtain * face + (6.25 + 0.45 * s[2]) * (1 - face), crown=0.1 + 0.1 * s[3], end=body * (1 - 0.7 * face),
-        fade=0.1, ragged=0.3, lumps=0.012 + 0.03 * (s[8] > 0.7))  # fmt: skip
-    use("long", ends=curtain * face + 5.9 * (1 - face), crown=0.08 + 0.1 * s[3], end=body * (1 - 0.7 * face), fade=0.08,
-        ragged=0.3, lumps=0.012 + 0.04 * (s[8] > 0.6))  # fmt: skip
+    use(
+        "bob",
+        ends=curtain * face + (6.25 + 0.45 * s[2]) * (1 - face),
+        crown=0.1 + 0.1 * s[3],
+        end=body * (1 - 0.7 * face),
+        fade=0.1,
+        ragged=0.3,
+        lumps=0.012 + 0.03 * (s[8] > 0.7),
+    )
+    use(
+        "long",
+        ends=curtain * face + 5.9 * (1 - face),
+        crown=0.08 + 0.1 * s[3],
+        end=body * (1 - 0.7 * face),
+        fade=0.08,
+        ragged=0.3,
+        lumps=0.012 + 0.04 * (s[8] > 0.6),
+    )
     use("tied", crown=0.05 + 0.06 * s[1], end=0.02, fade=0.1, ragged=0.2)
     thickness = np.stack([np.broadcast_to(crown, ends.shape), np.broadcast_to(end, ends.shape)], 2)
     hang = ((style == _STYLE["bob"]) | (style == _STYLE["long"])) * (1 - face)
-    return snap(ends), snap(thickness), {"hang": snap(hang), "fade": fade[:, 0], "ragged": ragged[:, 0], "lumps": lumps[:, 0]}
+    return (
+        snap(ends),
+        snap(thickness),
+        {"hang": snap(hang), "fade": fade[:, 0], "ragged": ragged[:, 0], "lumps": lumps[:, 0]},
+    )
 
 
 def shell_template(
-    guides: Guides, ends: np.ndarray, thickness: np.ndarray, hang: np.ndarray, lumps: np.ndarray,
+    guides: Guides,
+    ends: np.ndarray,
+    thickness: np.ndarray,
+    hang: np.ndarray,
+    lumps: np.ndarray,
     bumps: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Shell points on the base head [n, COLUMNS, ROWS, 3] and the two bound vertices of each with the second's share.
@@ -169,7 +213,12 @@ def shell_template(
     thick = thickness[:, :, :1] + (thickness[:, :, 1:] - thickness[:, :, :1]) * (t * t * t)
     taper = 1 - t**4 * (1 - 0.7 * hang[..., 0])  # ends lie on the skin unless they hang freely
     thick = thick * taper + lumps[:, None, None] * bumps
-    return point + along(guides.outward) * thick[..., None], guides.bound[column, low], guides.bound[column, low + 1], share
+    return (
+        point + along(guides.outward) * thick[..., None],
+        guides.bound[column, low],
+        guides.bound[column, low + 1],
+        share,
+    )
 
 
 LENS = 20  # points around a lens
@@ -190,7 +239,7 @@ def frame_triangles() -> np.ndarray:
 
 
 def frame_points(frame: np.ndarray, left: np.ndarray, right: np.ndarray, nose: np.ndarray) -> np.ndarray:
-    """Glasses [n, points, 3] in front of the eye centres [n, 3]; `frame` [n, 4]: width, height, roundness, rim in dm."""
+    """Glasses [n, points, 3] in front of the eye centres [n, 3]; `frame` [n, 4]: width, height, squareness, rim."""
     n = len(frame)
     width, height, square, rim = frame.T
     angle = np.arange(LENS) / LENS * 2 * np.pi

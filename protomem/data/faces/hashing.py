@@ -21,7 +21,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def key(*parts) -> np.ndarray:
-    """One uint64 key [n] from integers and integer arrays [n] (negative ones wrap around); a str part names a stream."""
+    """One uint64 key [n] from integers and integer arrays [n] (negative ones wrap); a str part names a stream."""
     h = np.zeros(1, np.uint64)
     for part in parts:
         if isinstance(part, str):
@@ -42,7 +42,7 @@ def uniform(keys: np.ndarray, count: int) -> np.ndarray:
 
 
 def normal(keys: np.ndarray, count: int) -> np.ndarray:
-    """float64 [n, count], mean 0, deviation 1: the sum of four 16-bit uniforms, so it is exact and never beyond 3.47."""
+    """float64 [n, count], mean 0, deviation 1: the sum of four 16-bit uniforms: exact, never beyond 3.47."""
     b = bits(keys, count)
     total = sum(((b >> np.uint64(s)) & np.uint64(0xFFFF)).astype(np.float64) for s in (0, 16, 32, 48))
     return (total - 2.0 * 65535) * (1.0 / 37837.22772)

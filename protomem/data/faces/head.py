@@ -19,14 +19,18 @@ SKIN, EYE, LASH, HAIR_HELPER, TEETH, TONGUE = range(6)
 MASKS = ("lips", "eyelids", "ears", "inside-mouth", "occlusion", "lash")
 
 _OPPOSITES = (
-    ("decr", "incr"), ("-in", "-out"), ("-down", "-up"), ("backward", "forward"),
-    ("-uncompress", "-compress"), ("concave", "convex"),
-)  # fmt: skip
+    ("decr", "incr"),
+    ("-in", "-out"),
+    ("-down", "-up"),
+    ("backward", "forward"),
+    ("-uncompress", "-compress"),
+    ("concave", "convex"),
+)
 
 
 class Head:
-    """Read-only tables. `vertices` float64 [V, 3]; `triangles` int64 [T, 3]; `material` int64 [T]; `masks` [V, 6] in 0..1
-    (columns as MASKS); `index` name -> row of `targets`."""
+    """Read-only tables. `vertices` float64 [V, 3]; `triangles` int64 [T, 3]; `material` int64 [T]; `masks` [V, 6]
+    in 0..1 (columns as MASKS); `index` name -> row of `targets`."""
 
     def __init__(self) -> None:
         with np.load(str(files(__package__).joinpath("mhhead.npz")), allow_pickle=False) as z:
@@ -66,7 +70,7 @@ class Head:
         self.skin_vertices = skin
 
     def exact(self, weights: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Weights [n, targets] -> displaced vertices [V * 3, n] in units of 1e-4 * 2**-16 dm: integers, held in float64."""
+        """Weights [n, targets] -> displaced vertices [V * 3, n] in units of 1e-4 * 2**-16 dm: float64 integers."""
         base, shapes, _ = self._on(str(device))
         w = torch.from_numpy(np.round(weights[:, : len(shapes)] * (1 / WEIGHT_GRID))).to(device)
         return torch.addmm(base[:, None], shapes.t(), w.t())

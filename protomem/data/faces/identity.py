@@ -12,16 +12,24 @@ _RACES = ("african", "asian", "caucasian")
 _SKIN = np.array([[246, 210, 188], [230, 188, 158], [208, 160, 124], [168, 116, 82], [120, 78, 54], [76, 48, 36]]) / 255
 _SKIN_RANGE = np.array([[0.62, 1.0], [0.12, 0.52], [0.0, 0.40]])  # pigment, per race
 _HAIR = np.array([[20, 17, 16], [45, 31, 24], [84, 56, 36], [126, 88, 54], [186, 148, 98], [142, 66, 34]]) / 255
-_HAIR_ODDS = np.array([[0.84, 0.13, 0.02, 0.0, 0.0, 0.01], [0.76, 0.2, 0.03, 0.0, 0.0, 0.01],
-                       [0.1, 0.25, 0.27, 0.17, 0.14, 0.07]])  # fmt: skip
+_HAIR_ODDS = np.array(
+    [[0.84, 0.13, 0.02, 0.0, 0.0, 0.01], [0.76, 0.2, 0.03, 0.0, 0.0, 0.01], [0.1, 0.25, 0.27, 0.17, 0.14, 0.07]]
+)
 _IRIS = np.array([[48, 30, 20], [92, 62, 34], [70, 108, 140], [86, 112, 72], [122, 130, 134]]) / 255
 _IRIS_ODDS = np.array([[0.8, 0.18, 0.0, 0.01, 0.01], [0.78, 0.2, 0.0, 0.01, 0.01], [0.24, 0.27, 0.25, 0.13, 0.11]])
 MOLES = 5
 # styles of hair: (chance for a man, for a woman)
 STYLES = {
-    "none": (0.12, 0.0), "cropped": (0.2, 0.02), "short": (0.3, 0.08), "fringe": (0.14, 0.12), "swept": (0.14, 0.12),
-    "curls": (0.06, 0.12), "bob": (0.01, 0.18), "long": (0.03, 0.26), "tied": (0.0, 0.1),
-}  # fmt: skip
+    "none": (0.12, 0.0),
+    "cropped": (0.2, 0.02),
+    "short": (0.3, 0.08),
+    "fringe": (0.14, 0.12),
+    "swept": (0.14, 0.12),
+    "curls": (0.06, 0.12),
+    "bob": (0.01, 0.18),
+    "long": (0.03, 0.26),
+    "tied": (0.0, 0.1),
+}
 
 
 def identity_parameters(head: Head, seed: int, identities: np.ndarray, spread: float) -> dict[str, np.ndarray]:
@@ -48,7 +56,9 @@ def identity_parameters(head: Head, seed: int, identities: np.ndarray, spread: f
     pigment = _mix(race, _SKIN_RANGE[:, 0]) + u("pigment", 1)[:, 0] * _mix(race, _SKIN_RANGE[:, 1] - _SKIN_RANGE[:, 0])
     skin = np.stack([_ramp(pigment, _SKIN[:, c]) for c in range(3)], 1)
     shift = g("skin", 3) * [0.035, 0.03, 0.022]  # brightness, red against green, yellow against blue
-    out["skin"] = np.clip(skin * (1 + shift[:, :1] + shift[:, 1:2] * [0.6, -0.6, 0] + shift[:, 2:] * [0.3, 0.3, -1]), 0.08, 0.97)
+    out["skin"] = np.clip(
+        skin * (1 + shift[:, :1] + shift[:, 1:2] * [0.6, -0.6, 0] + shift[:, 2:] * [0.3, 0.3, -1]), 0.08, 0.97
+    )
     grey = np.clip((age - 0.55) * 3 * u("grey", 1)[:, 0], 0, 0.9)[:, None]
     hair = _choose(u("hair", 1), race, _HAIR_ODDS, _HAIR) * (0.8 + 0.45 * u("hair shade", 1))
     out["hair"] = np.clip(hair * (1 - grey) + grey * 0.62, 0.04, 0.9)
@@ -65,14 +75,31 @@ def identity_parameters(head: Head, seed: int, identities: np.ndarray, spread: f
     b, heavy = u("brow", 5), 0.012 * male
     # half thickness, height, slope, curvature, density, outer end
     out["brow"] = np.stack(
-        [0.022 + heavy + 0.03 * b[:, 0], 0.03 * g("brow y", 1)[:, 0], 0.3 * b[:, 1] - 0.08, 0.8 + 1.6 * b[:, 2],
-         0.5 + 0.5 * b[:, 3], 0.44 + 0.12 * b[:, 4]], 1)  # fmt: skip
+        [
+            0.022 + heavy + 0.03 * b[:, 0],
+            0.03 * g("brow y", 1)[:, 0],
+            0.3 * b[:, 1] - 0.08,
+            0.8 + 1.6 * b[:, 2],
+            0.5 + 0.5 * b[:, 3],
+            0.44 + 0.12 * b[:, 4],
+        ],
+        1,
+    )
     # field coefficients of the skin (see appearance.py): low-frequency tone and redness, then named regions
-    out["tone"] = np.concatenate([0.022 * g("tone", 12), -0.12 * u("eye shadow", 1), 0.03 * g("forehead", 1), np.zeros((n, 2))], 1)
+    out["tone"] = np.concatenate(
+        [0.022 * g("tone", 12), -0.12 * u("eye shadow", 1), 0.03 * g("forehead", 1), np.zeros((n, 2))], 1
+    )
     light = 1 - 0.6 * pigment[:, None]
     out["redness"] = np.concatenate(
-        [0.012 * g("redness", 12), 0.04 * u("eye red", 1), np.zeros((n, 1)), 0.13 * u("blush", 1) * light,
-         0.1 * u("nose red", 1) * light], 1)  # fmt: skip
+        [
+            0.012 * g("redness", 12),
+            0.04 * u("eye red", 1),
+            np.zeros((n, 1)),
+            0.13 * u("blush", 1) * light,
+            0.1 * u("nose red", 1) * light,
+        ],
+        1,
+    )
     m = u("moles", 3 * MOLES).reshape(n, MOLES, 3)
     number = np.floor(u("mole count", 1) ** 2 * (MOLES + 1))
     size = (0.011 + 0.016 * m[:, :, 2] ** 2) * (np.arange(MOLES) < number)
@@ -88,15 +115,25 @@ def identity_parameters(head: Head, seed: int, identities: np.ndarray, spread: f
     full, goatee = (kind[:, 0] < 0.5) * 1.0, (kind[:, 0] > 0.7) * 1.0
     dense = bearded * (0.5 + 0.5 * kind[:, 1])
     out["beard"] = np.stack(
-        [np.maximum(stubble, dense * full), np.maximum(stubble, dense * np.where(full > 0, 0.9, 1.0)),
-         np.maximum(stubble, dense * np.maximum(full, goatee)), kind[:, 2]], 1)  # fmt: skip
+        [
+            np.maximum(stubble, dense * full),
+            np.maximum(stubble, dense * np.where(full > 0, 0.9, 1.0)),
+            np.maximum(stubble, dense * np.maximum(full, goatee)),
+            kind[:, 2],
+        ],
+        1,
+    )
     _hair_style(out, male, u)
     out["painted"] = np.where(out["style"] == 0, 0.12, 0.95)  # how dense the hair painted on the scalp is
     wears = u("glasses", 1)[:, 0]
     out["glasses"] = np.where(wears < 0.1, 1.0, np.where(wears < 0.2, 0.5, 0.0))  # chance that a picture shows them
     frame = u("frame", 5)
-    out["frame"] = np.stack([0.9 + 0.25 * frame[:, 0], 0.75 + 0.4 * frame[:, 1], frame[:, 2], 0.012 + 0.02 * frame[:, 3]], 1)
-    out["frame_colour"] = np.where(frame[:, 4:] < 0.7, 0.07 + 0.1 * u("frame colour", 3), 0.2 + 0.5 * u("frame colour", 3))
+    out["frame"] = np.stack(
+        [0.9 + 0.25 * frame[:, 0], 0.75 + 0.4 * frame[:, 1], frame[:, 2], 0.012 + 0.02 * frame[:, 3]], 1
+    )
+    out["frame_colour"] = np.where(
+        frame[:, 4:] < 0.7, 0.07 + 0.1 * u("frame colour", 3), 0.2 + 0.5 * u("frame colour", 3)
+    )
     return out
 
 
@@ -133,10 +170,16 @@ def _morph_weights(head: Head, race, masculine, age, spread: float, u, g) -> np.
     sexes = (("male", masculine), ("female", 1 - masculine))
     ages = (("young", 1 - age), ("old", age))
     muscle, weight = u("muscle", 1)[:, 0], (u("weight", 1) + u("weight b", 1))[:, 0] * 0.5
-    muscles = (("minmuscle", np.clip(1 - 2 * muscle, 0, 1)), ("averagemuscle", 1 - abs(2 * muscle - 1)),
-               ("maxmuscle", np.clip(2 * muscle - 1, 0, 1)))  # fmt: skip
-    weights = (("minweight", np.clip(1 - 2 * weight, 0, 1)), ("averageweight", 1 - abs(2 * weight - 1)),
-               ("maxweight", np.clip(2 * weight - 1, 0, 1)))  # fmt: skip
+    muscles = (
+        ("minmuscle", np.clip(1 - 2 * muscle, 0, 1)),
+        ("averagemuscle", 1 - abs(2 * muscle - 1)),
+        ("maxmuscle", np.clip(2 * muscle - 1, 0, 1)),
+    )
+    weights = (
+        ("minweight", np.clip(1 - 2 * weight, 0, 1)),
+        ("averageweight", 1 - abs(2 * weight - 1)),
+        ("maxweight", np.clip(2 * weight - 1, 0, 1)),
+    )
     for sex, ws in sexes:
         for old, wa in ages:
             for r, name in enumerate(_RACES):

@@ -44,13 +44,13 @@ def write_face_pairs(
     workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, Path]:
-    """Render `<kind>.bin` (insightface's verification form) and `<kind>.quality.npy` (float32 [2 * pairs]) into `folder`.
+    """Render `<kind>.bin` (insightface's verification form) and `<kind>.quality.npy` (float32 [2 * pairs]).
 
     Every kind has `pairs` pairs in ten folds as LFW has them: a fold is pairs / 20 genuine pairs, then as many impostor
-    pairs, and no person is in two folds. clean: |yaw| below 21 degrees, not degraded; cross_pose: the second picture has
-    35 to 60 degrees of yaw; low_quality: the second picture, and half of the first ones, are degraded; look_alike: clean,
-    impostors are near neighbours in shape, skin, hair and brows. Persons are first_identity and up (our default keeps them
-    apart from any training set). A kind that is there already, by its `<kind>.json`, is not rendered again."""
+    pairs, and no person is in two folds. clean: |yaw| below 21 degrees, not degraded; cross_pose: the second picture
+    has 35 to 60 degrees of yaw; low_quality: the second picture, and half of the first ones, are degraded; look_alike:
+    clean, impostors are near neighbours in shape, skin, hair and brows. Persons are first_identity and up (our default
+    keeps them apart from any training set). A kind that is there, by its `<kind>.json`, is not rendered again."""
     from protomem.data.images import encode_jpeg
     from protomem.data.pairs import write_bin
 
@@ -58,8 +58,10 @@ def write_face_pairs(
     if unknown:
         raise UserError(f"unknown kind of pairs '{unknown[0]}'; known: {', '.join(PAIR_OPTIONS)}")
     if pairs < 2 * _FOLDS or pairs % (2 * _FOLDS) or identities < 2 * _FOLDS:
-        raise UserError(f"pairs must be a multiple of {2 * _FOLDS} and identities at least {2 * _FOLDS}, not {pairs} and "
-                        f"{identities}")  # fmt: skip
+        raise UserError(
+            f"pairs must be a multiple of {2 * _FOLDS} and identities at least {2 * _FOLDS}, not {pairs} and "
+            f"{identities}"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     out = {}
@@ -67,18 +69,32 @@ def write_face_pairs(
         path = out[kind] = folder / f"{kind}.bin"
         options = PAIR_OPTIONS[kind]
         wanted = {
-            "kind": kind, "pairs": pairs, "identities": identities, "first_identity": first_identity, "seed": seed,
-            "spread": spread, "quality": quality, "options": [asdict(o) for o in options],
-        }  # fmt: skip
+            "kind": kind,
+            "pairs": pairs,
+            "identities": identities,
+            "first_identity": first_identity,
+            "seed": seed,
+            "spread": spread,
+            "quality": quality,
+            "options": [asdict(o) for o in options],
+        }
         manifest = folder / f"{kind}.json"
         if read_manifest(manifest, wanted, [path]) is not None:
             continue
         people, same = plan_pairs(kind, pairs, identities, first_identity, seed, spread)
         pictures, place = np.unique(picture_numbers(people, same), axis=0, return_inverse=True)
         place = place.reshape(-1)
-        blocks = render_blocks(pictures[:, 0], pictures[:, 1], list(options), seed=seed, spread=spread,
-                               device=device, workers=workers, title=f"rendering {kind} pairs" if progress else None,
-                               encode=lambda picture: encode_jpeg(picture, quality))  # fmt: skip
+        blocks = render_blocks(
+            pictures[:, 0],
+            pictures[:, 1],
+            list(options),
+            seed=seed,
+            spread=spread,
+            device=device,
+            workers=workers,
+            title=f"rendering {kind} pairs" if progress else None,
+            encode=lambda picture: encode_jpeg(picture, quality),
+        )
         encoded, truth = [], []
         for _, block, block_quality in blocks:
             encoded += block
@@ -116,7 +132,8 @@ def picture_numbers(people: np.ndarray, same: np.ndarray) -> np.ndarray:
     """Which picture of whom stands where: int64 [2 * pairs, 2] of (person, number) for people [pairs, 2], same [pairs].
 
     Everybody has three pictures for the first place of a pair (even numbers) and three for the second (odd ones), used
-    again and again, as LFW does: nine different genuine pairs of a person, and far fewer pictures to render than places."""
+    again and again, as LFW does: nine different genuine pairs of a person, far fewer pictures to render than places.
+    """
     numbers = np.empty_like(people)
     for side in (0, 1):
         group = people[:, side] * 2 + same
@@ -136,7 +153,7 @@ def _random_pairs(people: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def nearest_pairs(people: np.ndarray, count: int, seed: int, spread: float) -> np.ndarray:
-    """The `count` most alike pairs [count, 2] among `people`, nobody in more than ceil(4 * count / people) + 1 of them."""
+    """The `count` most alike pairs [count, 2] among `people`, nobody in more than ceil(4 * count / n) + 1 of them."""
     features = identity_features(people, seed, spread)
     squared = (features**2).sum(1)
     distance = np.round(squared[:, None] + squared[None, :] - 2 * features @ features.T, 6)
@@ -165,8 +182,22 @@ def identity_features(people: np.ndarray, seed: int, spread: float) -> np.ndarra
         shape = head.express(head.exact(p["weights"]), np.zeros((len(block), len(head.expressions))))
         shape = shape[face].numpy().reshape(-1, len(block)).T
         style = np.eye(len(STYLES))[p["style"]]
-        parts.append(np.concatenate(
-            [shape * (1.6 / np.sqrt(shape.shape[1] / 3) / 0.1), p["skin"] * 8, p["hair"] * 4, p["lip"] * 2, p["iris"] * 1.5,
-             p["brow"] * [12, 12, 2, 0.5, 1, 4], p["beard"][:, :3] * 1.5, style * 1.2, p["glasses"][:, None] * 2,
-             p["age"][:, None] * 1.5, p["freckles"][:, None] * 2], 1))  # fmt: skip
+        parts.append(
+            np.concatenate(
+                [
+                    shape * (1.6 / np.sqrt(shape.shape[1] / 3) / 0.1),
+                    p["skin"] * 8,
+                    p["hair"] * 4,
+                    p["lip"] * 2,
+                    p["iris"] * 1.5,
+                    p["brow"] * [12, 12, 2, 0.5, 1, 4],
+                    p["beard"][:, :3] * 1.5,
+                    style * 1.2,
+                    p["glasses"][:, None] * 2,
+                    p["age"][:, None] * 1.5,
+                    p["freckles"][:, None] * 2,
+                ],
+                1,
+            )
+        )
     return np.concatenate(parts)

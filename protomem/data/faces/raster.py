@@ -1,8 +1,8 @@
 """A batched z-buffer: all triangles of many pictures at once, with exact coverage.
 
-Vertices arrive on a grid of 1/64 sample, so that "inside" is decided exactly; everything else is elementwise float64 (add,
-multiply, divide), which IEEE 754 fixes to the last bit. The result is the same on every CPU and GPU and does not depend
-on which pictures share the batch.
+Vertices arrive on a grid of 1/64 sample, so that "inside" is decided exactly; everything else is elementwise float
+arithmetic (add, multiply, divide), which IEEE 754 fixes to the last bit. The result
+is the same on every machine and does not depend on which pictures share the batch.
 Triangles become rows, rows become spans of samples, and every sample bids for its cell of the depth buffer.
 Arguments are vertex-major ([V, n]): gathering by vertex then copies contiguous rows. `M` triangles that face the
 camera, `R` their rows, `S` samples in these, `N` visible samples.
@@ -35,13 +35,18 @@ class Fragments(NamedTuple):
 
 
 def rasterise(
-    x: torch.Tensor, y: torch.Tensor, z: torch.Tensor, triangles: torch.Tensor, two_sided: torch.Tensor, size: int,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    z: torch.Tensor,
+    triangles: torch.Tensor,
+    two_sided: torch.Tensor,
+    size: int,
     nearer_than: torch.Tensor | None = None,
 ) -> Fragments:
     """x, y: int64 [V, n] in 1/64 samples, |x|, |y| <= 2**16, y downwards; z: float32 [V, n], larger is nearer;
     triangles int64 [T, 3]; two_sided bool [T] (the others are drawn only when they turn counter-clockwise on screen,
-    as seen with y downwards); pictures of size x size samples; sample (i, j) lies at (j + 1/2, i + 1/2). An edge belongs
-    to both of its triangles; of equally near samples the later triangle wins. `nearer_than`:
+    as seen with y downwards); pictures of size x size samples; sample (i, j) lies at (j + 1/2, i + 1/2). An edge
+    belongs to both of its triangles; of equally near samples the later triangle wins. `nearer_than`:
     float32 [n * size * size], depths behind which nothing is reported."""
     n = x.shape[1]
     front = _front_triangles(x, y, triangles, two_sided, size)
@@ -95,8 +100,8 @@ def rasterise(
 
 
 def _spans(f, dx, dy, of_row, row, size) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and one-past-last column [R] inside all three edges. A triangle has a left edge (dx > 0), a right edge, and a
-    third that is either, or horizontal: then the box has dealt with it."""
+    """First and one-past-last column [R] inside all three edges. A triangle has a left edge (dx > 0), a right edge, and
+    a third that is either, or horizontal: then the box has dealt with it."""
     dx = torch.stack(dx)
     start, slope = -torch.stack(f) / dx, -torch.stack(dy) / dx
     left, right = (torch.where(d[0], 0, torch.where(d[1], 1, 2)) for d in (dx > 0, dx < 0))
@@ -105,7 +110,10 @@ def _spans(f, dx, dy, of_row, row, size) -> tuple[torch.Tensor, torch.Tensor]:
     third_slope = torch.where(kind == 0, 0.0, third_slope).index_select(0, of_row) * row
     bounds = []
     for edge, mine, beyond in ((left, kind > 0, -_FAR), (right, kind < 0, _FAR)):
-        one = start.gather(0, edge[None])[0].index_select(0, of_row) + slope.gather(0, edge[None])[0].index_select(0, of_row) * row
+        one = (
+            start.gather(0, edge[None])[0].index_select(0, of_row)
+            + slope.gather(0, edge[None])[0].index_select(0, of_row) * row
+        )
         bounds.append((one, torch.where(mine, third_start, beyond).index_select(0, of_row) + third_slope))
     low = torch.ceil(torch.maximum(*bounds[0]) - _SLACK).clamp_(0, size)
     high = torch.floor(torch.minimum(*bounds[1]) + _SLACK).clamp_(-1, size - 1) + 1

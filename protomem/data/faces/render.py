@@ -19,8 +19,28 @@ from protomem.data.faces.scene import DEGRADATIONS, ImageOptions, scene_paramete
 RENDERER = 1  # counts up whenever a pixel changes: cached sets of another number are rendered again
 _CHUNK_CPU, _CHUNK_GPU = 16, 64  # pictures at a time; on the CPU the intermediate tensors should stay in the cache
 _SAMPLED = [0, 1, 2, 3 + MASKS.index("lips"), 3 + MASKS.index("lash")]  # rows of the static table, per sample
-_LOOK = ("texture", "skin", "lip", "lip_strength", "lash", "hair", "brow_colour", "brow", "iris", "mole_x", "mole_y",
-         "mole_size", "any_mole", "freckles", "lines", "beard", "bearded", "frame_colour", "fade", "ragged")  # fmt: skip
+_LOOK = (
+    "texture",
+    "skin",
+    "lip",
+    "lip_strength",
+    "lash",
+    "hair",
+    "brow_colour",
+    "brow",
+    "iris",
+    "mole_x",
+    "mole_y",
+    "mole_size",
+    "any_mole",
+    "freckles",
+    "lines",
+    "beard",
+    "bearded",
+    "frame_colour",
+    "fade",
+    "ragged",
+)
 
 
 def render_faces(
@@ -33,13 +53,14 @@ def render_faces(
     device: torch.device | str = "cpu",
     options: ImageOptions = ImageOptions(),
 ) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
-    """Draw picture `images[i]` of person `identities[i]`: uint8 [n, size, size, 3] RGB on the CPU, aligned to the ArcFace
-    template, and the truth about each picture.
+    """Draw picture `images[i]` of person `identities[i]`: uint8 [n, size, size, 3] RGB on the CPU, aligned to the
+    ArcFace template, and the truth about each picture.
 
-    A pure function of (seed, identity, image, size, spread, options), bit for bit: not of the batch, the order, the
-    machine or the device. identities and images are integers [n]; `size` is a multiple of 16.
-    The truth is a dict of float32 [n]: `quality` in 0..1 (1 = clean; degrade.quality), `yaw` and `pitch` in degrees, and
-    the severity in 0..1 of each degradation: blur, downsample, noise, occlusion, compression, low_light."""
+    A pure function of (seed, identity, image, size, spread, options): not of the batch, the order, the threads or the
+    machine. Pixels are equal bit for bit on CPUs (a test holds their hash); the arithmetic is arranged so that a GPU
+    gives the same, which nobody has measured yet. identities and images are integers [n]; `size` is a multiple of 16.
+    The truth is a dict of float32 [n]: `quality` in 0..1 (1 = clean; degrade.quality), `yaw` and `pitch` in degrees,
+    and the severity in 0..1 of each degradation: blur, downsample, noise, occlusion, compression, low_light."""
     identities, images = np.atleast_1d(identities).astype(np.int64), np.atleast_1d(images).astype(np.int64)
     if identities.shape != images.shape or identities.ndim != 1:
         raise ValueError(f"identities {identities.shape} and images {images.shape} must be one list each, equally long")
@@ -83,7 +104,11 @@ def _draw(person: dict[str, np.ndarray], scene: dict[str, np.ndarray], size: int
     solid, shell = geometry.build(load_head(), neutral, person, scene, samples, tables)
     values = {name: person[name] for name in _LOOK} | _light(scene)
     values = {name: torch.from_numpy(value.astype(np.float32)).to(device) for name, value in values.items()}
-    canvas = _backdrop(scene, size, device)[..., _nearest(size, device), :][..., _nearest(size, device)].contiguous().view(3, -1)
+    canvas = (
+        _backdrop(scene, size, device)[..., _nearest(size, device), :][..., _nearest(size, device)]
+        .contiguous()
+        .view(3, -1)
+    )
     depth = torch.full(canvas.shape[1:], -1e9, device=device)
     _paint_head(canvas, depth, solid, tables, values, _vertex_look(tables, person, device), samples)
     _paint_hair(canvas, depth, shell, tables, values, samples)
@@ -118,13 +143,19 @@ def _tables(device: str) -> dict[str, torch.Tensor]:
     static[v:, 3 + MASKS.index("occlusion")] = 1
     column, row = np.divmod(np.arange(hair.COLUMNS * hair.ROWS), hair.ROWS)
     out = {
-        "triangles": np.concatenate([head.triangles, frame]), "material": material, "two_sided": material == look.FRAME,
-        "static": np.ascontiguousarray(static.T), "vertices": head.vertices, "fields": look.vertex_fields(head),
-        "column": guides.column, "scalp": look.scalp_mask(head), "shell": guides.triangles,
+        "triangles": np.concatenate([head.triangles, frame]),
+        "material": material,
+        "two_sided": material == look.FRAME,
+        "static": np.ascontiguousarray(static.T),
+        "vertices": head.vertices,
+        "fields": look.vertex_fields(head),
+        "column": guides.column,
+        "scalp": look.scalp_mask(head),
+        "shell": guides.triangles,
         # further up, the head hides the inside of the shell
         "shell_inside": guides.triangles[row[guides.triangles].min(1) >= hair.ROWS // 3][:, ::-1].copy(),
         "strand": np.stack([column, row / (hair.ROWS - 1)]).astype(np.float32),
-    }  # fmt: skip
+    }
     return {name: torch.from_numpy(value).to(device) for name, value in out.items()}
 
 
@@ -139,7 +170,9 @@ def _vertex_look(tables, person, device) -> torch.Tensor:
     tone, redness = (torch.matmul(fields, to(k).t()) for k in ("tone", "redness"))
     # products summed in another order agree after this
     tone, redness = (torch.round(v * 65536) * 2.0**-16 for v in (tone, redness))
-    lids, mouth, sky = (static[3 + MASKS.index(k), : len(fields), None].double() for k in ("eyelids", "inside-mouth", "occlusion"))
+    lids, mouth, sky = (
+        static[3 + MASKS.index(k), : len(fields), None].double() for k in ("eyelids", "inside-mouth", "occlusion")
+    )
     tone = (1 + tone) * (1 - to("lid") * lids) * (1 - 0.8 * mouth)
     skin = to("skin")
     shift = (1 + 0.35 * redness, 1 - redness, 1 - 0.9 * redness)
@@ -208,13 +241,16 @@ def _light(scene) -> dict[str, np.ndarray]:
     half = snap(half / np.sqrt(half[:, :1] ** 2 + half[:, 1:2] ** 2 + half[:, 2:] ** 2))
     warm = 0.045 * scene["warmth"][:, None]
     return {
-        "direction": direction, "half": half, "ambient": scene["ambient"], "key": 1.12 - scene["ambient"],
+        "direction": direction,
+        "half": half,
+        "ambient": scene["ambient"],
+        "key": 1.12 - scene["ambient"],
         "tint": 1 + warm * [1, 0, -1],
-    }  # fmt: skip
+    }
 
 
 def _backdrop(scene, size, device) -> torch.Tensor:
-    """Linear light [3, n, size, size]: an out-of-focus surrounding, two scales of smooth noise around a muted colour."""
+    """Linear light [3, n, size, size]: an out-of-focus surrounding, smooth noise around a muted colour."""
     b = torch.from_numpy(scene["backdrop"].astype(np.float32)).to(device)[:, :, None, None]
     level, contrast, coarse, fine = 0.12 + 0.7 * b[:, 0], 0.1 + 0.5 * b[:, 1], 1.5 + 2 * b[:, 2], 4 + 6 * b[:, 3]
     du, dv = torch.floor(b[:, 4] * 4096), torch.floor(b[:, 5] * 4096)

@@ -1,4 +1,4 @@
-"""What varies from picture to picture, as a function of (seed, identity, image): expression, pose, light, background."""
+"""What varies between pictures, as a function of (seed, identity, image): expression, pose, light, background."""
 
 from __future__ import annotations
 
@@ -13,18 +13,39 @@ DEGRADATIONS = ("blur", "downsample", "noise", "occlusion", "compression", "low_
 
 _EXPRESSIONS = [
     {"mouthSmileLeft": 0.8, "mouthSmileRight": 0.8, "cheekSquintLeft": 0.4, "cheekSquintRight": 0.4},
-    {"mouthSmileLeft": 0.8, "mouthSmileRight": 0.8, "cheekSquintLeft": 0.5, "cheekSquintRight": 0.5,
-     "jawOpen": 0.18, "mouthUpperUpLeft": 0.35, "mouthUpperUpRight": 0.35, "eyeSquintLeft": 0.25, "eyeSquintRight": 0.25},
-    {"browInnerUp": 0.8, "browOuterUpLeft": 0.6, "browOuterUpRight": 0.6, "eyeWideLeft": 0.5, "eyeWideRight": 0.5,
-     "jawOpen": 0.35},
-    {"browDownLeft": 0.8, "browDownRight": 0.8, "mouthFrownLeft": 0.5, "mouthFrownRight": 0.5, "eyeSquintLeft": 0.3,
-     "eyeSquintRight": 0.3},
+    {
+        "mouthSmileLeft": 0.8,
+        "mouthSmileRight": 0.8,
+        "cheekSquintLeft": 0.5,
+        "cheekSquintRight": 0.5,
+        "jawOpen": 0.18,
+        "mouthUpperUpLeft": 0.35,
+        "mouthUpperUpRight": 0.35,
+        "eyeSquintLeft": 0.25,
+        "eyeSquintRight": 0.25,
+    },
+    {
+        "browInnerUp": 0.8,
+        "browOuterUpLeft": 0.6,
+        "browOuterUpRight": 0.6,
+        "eyeWideLeft": 0.5,
+        "eyeWideRight": 0.5,
+        "jawOpen": 0.35,
+    },
+    {
+        "browDownLeft": 0.8,
+        "browDownRight": 0.8,
+        "mouthFrownLeft": 0.5,
+        "mouthFrownRight": 0.5,
+        "eyeSquintLeft": 0.3,
+        "eyeSquintRight": 0.3,
+    },
     {"jawOpen": 0.4, "mouthFunnel": 0.25},
     {"mouthPucker": 0.6, "cheekPuff": 0.15},
     {"browInnerUp": 0.7, "mouthFrownLeft": 0.5, "mouthFrownRight": 0.5},
     {"mouthPressLeft": 0.6, "mouthPressRight": 0.6, "mouthDimpleLeft": 0.3, "mouthDimpleRight": 0.3},
     {"mouthSmileLeft": 0.6, "mouthDimpleLeft": 0.4, "browOuterUpLeft": 0.5},
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True)

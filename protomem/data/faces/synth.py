@@ -52,14 +52,24 @@ def write_face_set(
 
     least = 2 if long_tail else 1
     if identities < 1 or images_per_identity < least:
-        raise UserError(f"a face set needs identities >= 1 and images_per_identity >= {least}, not "
-                        f"{identities} and {images_per_identity}")  # fmt: skip
+        raise UserError(
+            f"a face set needs identities >= 1 and images_per_identity >= {least}, not "
+            f"{identities} and {images_per_identity}"
+        )
     folder = Path(path)
     wanted = {
-        "identities": identities, "images_per_identity": images_per_identity, "seed": seed, "long_tail": long_tail,
-        "first_identity": first_identity, "spread": spread, "options": asdict(options), "quality": quality,
-    }  # fmt: skip
-    found = read_manifest(folder / "train.json", wanted, [folder / "train.rec", folder / "train.idx", folder / "property"])
+        "identities": identities,
+        "images_per_identity": images_per_identity,
+        "seed": seed,
+        "long_tail": long_tail,
+        "first_identity": first_identity,
+        "spread": spread,
+        "options": asdict(options),
+        "quality": quality,
+    }
+    found = read_manifest(
+        folder / "train.json", wanted, [folder / "train.rec", folder / "train.idx", folder / "property"]
+    )
     if found is not None:
         return found | {"cached": True}
     counts = images_per_person(identities, images_per_identity, long_tail, seed)
@@ -68,9 +78,17 @@ def write_face_set(
     begun = time.perf_counter()
     truth = []
     with RecordWriter(folder) as writer:
-        blocks = render_blocks(labels + first_identity, numbers, options, seed=seed, spread=spread, device=device,
-                               workers=workers, title="rendering faces" if progress else None,
-                               encode=lambda picture: encode_jpeg(picture, quality))  # fmt: skip
+        blocks = render_blocks(
+            labels + first_identity,
+            numbers,
+            options,
+            seed=seed,
+            spread=spread,
+            device=device,
+            workers=workers,
+            title="rendering faces" if progress else None,
+            encode=lambda picture: encode_jpeg(picture, quality),
+        )
         for start, encoded, block_quality in blocks:
             for k, data in enumerate(encoded):
                 writer.add(data, int(labels[start + k]))
@@ -81,12 +99,19 @@ def write_face_set(
     replace_file(folder / "train.quality.npy", lambda file: np.save(file, truth))
     seconds = time.perf_counter() - begun
     statistics = {
-        "images": len(labels), "identities": identities, "images_per_identity_min": int(counts.min()),
-        "images_per_identity_mean": float(counts.mean()), "images_per_identity_max": int(counts.max()),
-        "degraded": float((truth < 1).mean()), "quality_mean": float(truth.mean()), "seconds": round(seconds, 2),
+        "images": len(labels),
+        "identities": identities,
+        "images_per_identity_min": int(counts.min()),
+        "images_per_identity_mean": float(counts.mean()),
+        "images_per_identity_max": int(counts.max()),
+        "degraded": float((truth < 1).mean()),
+        "quality_mean": float(truth.mean()),
+        "seconds": round(seconds, 2),
         "images_per_second": round(len(labels) / seconds, 1),
-    }  # fmt: skip
-    write_manifest(folder / "train.json", wanted, [folder / "train.rec", folder / "train.idx", folder / "property"], statistics)
+    }
+    write_manifest(
+        folder / "train.json", wanted, [folder / "train.rec", folder / "train.idx", folder / "property"], statistics
+    )
     return statistics | {"cached": False}
 
 
@@ -108,9 +133,17 @@ def images_per_person(identities: int, mean: int, long_tail: bool, seed: int) ->
 
 
 def render_blocks(
-    identities: np.ndarray, images: np.ndarray, options: ImageOptions | list[ImageOptions], *, seed: int, spread: float,
-    device, workers: int | None, title: str | None, encode,
-) -> Iterator[tuple[int, list, np.ndarray]]:  # fmt: skip
+    identities: np.ndarray,
+    images: np.ndarray,
+    options: ImageOptions | list[ImageOptions],
+    *,
+    seed: int,
+    spread: float,
+    device,
+    workers: int | None,
+    title: str | None,
+    encode,
+) -> Iterator[tuple[int, list, np.ndarray]]:
     """Render in threads, in order: (first position, encoded pictures, their quality). Of a list of
     options, picture number i takes the one at i modulo its length."""
     workers = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count()
@@ -121,8 +154,9 @@ def render_blocks(
         encoded, truth = [b""] * (rows.stop - start), np.empty(rows.stop - start, np.float32)
         for k, kind in enumerate(kinds):
             chosen = np.nonzero(images[rows] % len(kinds) == k)[0]
-            pixels, found = render_faces(identities[rows][chosen], images[rows][chosen], seed=seed, spread=spread,
-                                         device=device, options=kind)  # fmt: skip
+            pixels, found = render_faces(
+                identities[rows][chosen], images[rows][chosen], seed=seed, spread=spread, device=device, options=kind
+            )
             for place, picture in zip(chosen, pixels.numpy()):
                 encoded[place] = encode(picture)
             truth[chosen] = found["quality"]
@@ -181,9 +215,12 @@ def read_manifest(path: Path, wanted: dict, files: list[Path]) -> dict | None:
 
 def write_manifest(path: Path, wanted: dict, files: list[Path], statistics: dict) -> None:
     manifest = {
-        "fingerprint": _fingerprint(wanted), "renderer": RENDERER, "arguments": wanted, "statistics": statistics,
+        "fingerprint": _fingerprint(wanted),
+        "renderer": RENDERER,
+        "arguments": wanted,
+        "statistics": statistics,
         "files": {file.name: file.stat().st_size for file in files},
-    }  # fmt: skip
+    }
     replace_file(path, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
 
 
@@ -215,12 +252,18 @@ def contact_sheet(
     from PIL import Image
 
     who, which = np.repeat(np.arange(identities), images), np.tile(np.arange(images), identities)
-    pixels, truth = render_faces(who + first_identity, which, seed=seed, size=size, spread=spread, device=device, options=options)
+    pixels, truth = render_faces(
+        who + first_identity, which, seed=seed, size=size, spread=spread, device=device, options=options
+    )
     bar = max(3, size // 28)
     cells = np.full((len(who), size + bar + 2, size + 2, 3), 255, np.uint8)
     cells[:, :size, :size] = pixels.numpy()
     for cell, value in zip(cells, truth["quality"]):
-        cell[size : size + bar, : max(1, round(size * float(value)))] = (round(220 * (1 - value)), round(60 + 120 * value), 60)
+        cell[size : size + bar, : max(1, round(size * float(value)))] = (
+            round(220 * (1 - value)),
+            round(60 + 120 * value),
+            60,
+        )
     sheet = cells.reshape(identities, images, *cells.shape[1:]).transpose(0, 2, 1, 3, 4)
     sheet = sheet.reshape(identities * cells.shape[1], images * cells.shape[2], 3)
     path = Path(path)
