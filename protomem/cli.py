@@ -96,6 +96,6 @@ def version(
 def main() -> None:
     try:
         app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -11,16 +11,18 @@ from omegaconf import OmegaConf
 from protomem import build, config, distributed, state
 from protomem.data.records import open_records
 from protomem.errors import UserError
+from protomem.files import replace_file
 from protomem.evaluate.extract import evaluate_bins, extract
-from protomem.metrics import event_line, replace_file
+from protomem.metrics import event_line
 
 
 def load_run(run: Path, device) -> tuple:
     """(config, encoder with the trained weights, training.json) of a run folder or a checkpoint folder."""
-    checkpoint = state.find(run, str(run))
+    checkpoint = state.locate(run)
     info = state.read_info(checkpoint)
     settings = OmegaConf.merge(OmegaConf.structured(config.Config), info["config"])
-    settings.encoder.weights = None  # about to be overwritten, and the file may be gone
+    # What the machine at hand may lack and the embeddings do not depend on.
+    settings.encoder.weights, settings.encoder.sync_bn, settings.data.loader = None, False, "auto"
     encoder = build.encoder_from(settings, device)
     state.load_encoder(checkpoint, encoder)
     return settings, encoder.eval(), info

@@ -193,6 +193,7 @@ CHOICES = {
     "prototypes.source": ("classifier", "sampled"),
     "margin.name": ("softmax", "cosface", "arcface", "combined"),
     "margin.gradient": ("true", "straight_through"),
+    "margin.beyond_pi": ("threshold", "easy", "plain", "raw", "monotone"),
     "head.backend": ("dense", "blocked"),
     "head.precision": ("fp32", "bf16"),
     "optimizer.name": ("sgd", "adamw", "lamb"),
@@ -212,6 +213,10 @@ AT_LEAST = {
     "optimizer.lr": 0,
     "optimizer.clip": 0,
     "optimizer.weight_decay": 0,
+    "optimizer.head.lr": 0,
+    "optimizer.head.weight_decay": 0,
+    "prototypes.init_std": 1e-12,
+    "margin.filter_above": 0,
     "schedule.epochs": 0,
     "schedule.steps": 0,
     "schedule.warmup_epochs": 0,
@@ -224,6 +229,22 @@ AT_LEAST = {
     "checkpoint.keep": 1,
     "log.every": 1,
     "distributed.timeout_s": 1,
+}
+# A setting without effect is a mistake: these keys may only leave their default where the other key has such a value.
+ONLY_WITH = {
+    "data.sampler.images_per_identity": ("data.sampler.name", ("balanced",)),
+    "prototypes.rate": ("prototypes.source", ("sampled",)),
+    "margin.beyond_pi": ("margin.name", ("arcface", "combined")),
+    "margin.gradient": ("margin.name", ("arcface", "combined")),
+    "head.precision": ("head.backend", ("blocked",)),
+    "head.block": ("head.backend", ("blocked",)),
+    "head.store_mb": ("head.backend", ("blocked",)),
+    "optimizer.momentum": ("optimizer.name", ("sgd",)),
+    "optimizer.nesterov": ("optimizer.name", ("sgd",)),
+    "optimizer.betas": ("optimizer.name", ("adamw", "lamb")),
+    "optimizer.eps": ("optimizer.name", ("adamw", "lamb")),
+    "schedule.power": ("schedule.decay", ("polynomial",)),
+    "schedule.gamma": ("schedule.decay", ("step",)),
 }
 PROBABILITIES = tuple(f"data.augment.{f.name}" for f in fields(Augment)) + ("encoder.dropout",)
 
@@ -274,8 +295,17 @@ def check(config: DictConfig) -> None:
             raise UserError(f"{key}={value} is not one of {', '.join(allowed)}" + (f"; did you mean {near[0]}?" if near else ""))
     for key, low in AT_LEAST.items():
         value = OmegaConf.select(config, key)
-        if value < low:
+        if value is not None and not value >= low:  # "not >=" so that nan is refused as well
             raise UserError(f"{key}={value} is too small: at least {low}")
+    defaults = OmegaConf.structured(Config)
+    for key, (other, values) in ONLY_WITH.items():
+        value, chosen = OmegaConf.select(config, key), OmegaConf.select(config, other)
+        if chosen not in values and value != OmegaConf.select(defaults, key):
+            raise UserError(f"{key}={value} has no effect with {other}={chosen}, only with {' or '.join(values)}; remove it")
+    if len(config.optimizer.betas) != 2:
+        raise UserError(f"optimizer.betas={list(config.optimizer.betas)} must be two numbers")
+    if config.evaluate.every > 0 and not config.data.eval:
+        raise UserError("evaluate.every is set, but data.eval names no pair sets; add them, or remove evaluate.every")
     for key in PROBABILITIES:
         value = OmegaConf.select(config, key)
         if not 0 <= value <= 1:
@@ -314,11 +344,17 @@ def load(files: list[str], overrides: list[str] = ()) -> DictConfig:
         key, sep, _ = text.partition("=")
         if not sep or not key:
             raise UserError(f"{text!r} is neither a config file nor key=value")
-        config = _merge(config, OmegaConf.from_dotlist([text]), f"{text}")
+        try:
+            given = OmegaConf.from_dotlist([text])
+        except Exception as e:  # YAML's own errors span many lines
+            raise UserError(f"{text}: the value is not valid YAML: {str(e).splitlines()[0]}") from None
+        config = _merge(config, given, text)
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as e:
         raise UserError(f"config: {str(e).splitlines()[0]}") from None
+    if config.margin.gradient == "True":  # YAML's true
+        config.margin.gradient = "true"
     check(config)
     return config
 

@@ -10,6 +10,7 @@ import datetime
 import inspect
 import os
 from dataclasses import dataclass
+from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -41,16 +42,22 @@ def detect_launcher(env=os.environ) -> tuple[str, int, int, int]:
     return "single", 0, 1, 0
 
 
-def choose_device(name: str, local_rank: int) -> torch.device:
-    """`auto` takes the local rank's GPU where there is one, else the CPU; `cpu` and `cuda` are taken at their word."""
+def choose_device(name: str, local_rank: int, local_world: int = 1) -> torch.device:
+    """`auto` takes the local rank's GPU if each of this machine's ranks has one, else the CPU; `cpu` and `cuda` are taken
+    at their word. A rank that sees a single GPU of its own (Slurm's --gpus-per-task=1) takes that one."""
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"device={name} is not one of auto, cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no GPU; use device=cpu or install a CUDA build of torch")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(f"local rank {local_rank} has no GPU: only {torch.cuda.device_count()} visible; lower --nproc-per-node")
+    count = torch.cuda.device_count()
+    if "SLURM_LOCALID" in os.environ and count == 1:
+        return torch.device("cuda", 0)
+    if local_world > count:
+        if name == "auto":
+            return torch.device("cpu")
+        raise UserError(f"device=cuda: {local_world} ranks on this machine, {count} GPUs visible; start fewer ranks")
     return torch.device("cuda", local_rank)
 
 
@@ -60,7 +67,7 @@ def init(device: str = "auto", timeout_s: float = 600.0) -> Context:
     Raises UserError for an impossible device, and for a Slurm launch without MASTER_ADDR/MASTER_PORT.
     """
     launcher, rank, world, local = detect_launcher()
-    chosen = choose_device(device, local)
+    chosen = choose_device(device, local, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():
@@ -93,6 +100,18 @@ def world_size() -> int:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def main_first(act: Callable[[], None]) -> None:
+    """Do something on rank 0 while the others wait. If it fails, all ranks end; rank 0 says why."""
+    problem = None
+    if rank() == 0:
+        try:
+            act()
+        except UserError as error:
+            problem = str(error)
+    if broadcast_object(problem) is not None:
+        raise UserError(problem) if rank() == 0 else SystemExit(2)
 
 
 # --- who owns what -------------------------------------------------------------------------------------------------

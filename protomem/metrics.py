@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -15,6 +14,7 @@ import torch
 
 from protomem.environment import SECRET, environment
 from protomem.errors import UserError
+from protomem.files import replace_file
 
 
 class RunLog:
@@ -156,16 +156,6 @@ def read_metrics(folder) -> list[dict]:
         if isinstance(record, dict):
             records.append(record)
     return records
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing: readers see the old one until the new one is complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def step_line(step: int, total_steps: int, values: dict, eta_s: float) -> str:

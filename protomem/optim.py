@@ -252,7 +252,7 @@ class LossScaler:
         full = self.good_steps >= self.interval
         grown = self.factor * self.growth
         grown = torch.where(full & grown.isfinite(), grown, self.factor)
-        self.factor.copy_(torch.where(bad, self.factor * self.backoff, grown))
+        self.factor.copy_(torch.where(bad, (self.factor * self.backoff).clamp_min(2.0**-24), grown))
         self.good_steps.masked_fill_(full, 0)
 
     def state_dict(self) -> dict:

@@ -16,8 +16,9 @@ import numpy as np
 from protomem import report_page, report_plots
 from protomem.environment import environment
 from protomem.errors import UserError
+from protomem.files import replace_file
 from protomem.evaluate.verification import Verification
-from protomem.metrics import read_metrics, replace_file
+from protomem.metrics import read_metrics
 
 __all__ = ["environment", "extreme_pairs", "load_evaluations", "save_evaluation", "write_report"]
 

@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 
 from protomem import distributed
 from protomem.errors import UserError
+from protomem.files import replace_file
 
 FOLDER = re.compile(r"step-(\d{8,})$")
 SHARDED = "prototypes."  # keys under which every rank holds other rows
@@ -82,8 +83,8 @@ def _quiet():
 # --- saving --------------------------------------------------------------------------------------------------------
 
 
-def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, info: dict, *, keep: int, best: bool) -> Path:
-    """Write checkpoint `folder/step-...`, point `last` (and `best`) at it, remove all but the newest `keep`.
+def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, info: dict, *, keep: int) -> Path:
+    """Write checkpoint `folder/step-...`, point `last` at it, remove all but the newest `keep` (and `best`).
 
     Collective. Raises UserError on every rank if any could not write; what was there before stays as it was.
     """
@@ -92,19 +93,20 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, inf
 
     def prepare():
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".writing-*"):
+        for stale in (*folder.glob(".writing-*"), *folder.glob(".removed-*")):
             shutil.rmtree(stale)
         temporary.mkdir()
 
     def finish():
         text = json.dumps({**info, "step": step, "world_size": distributed.world_size()}, indent=1)
-        (temporary / "training.json").write_text(text)
+        with open(temporary / "training.json", "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         os.replace(temporary, final)
         _link(folder / "last", final)
-        if best:
-            _link(folder / "best", final)
         _retain(folder, keep)
 
     def write():
@@ -133,11 +135,30 @@ def _link(name: Path, target: Path) -> None:
     os.replace(temporary, name)
 
 
+def _remove(path: Path) -> None:
+    """A checkpoint disappears at once, not file by file: a kill in between leaves no half of one under its name."""
+    hidden = path.with_name(f".removed-{path.name}")
+    os.replace(path, hidden)
+    shutil.rmtree(hidden)
+
+
+def mark_best(folder: Path, path: Path, record: dict) -> None:
+    """Point `best` at a checkpoint and remember why (step, pair set, accuracy). Main rank only."""
+    replace_file(Path(folder) / "best.json", json.dumps(record).encode())
+    _link(Path(folder) / "best", path)
+
+
+def best_so_far(folder: Path) -> dict | None:
+    """What `mark_best` remembered last, if anything."""
+    file = Path(folder) / "best.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
 def _retain(folder: Path, keep: int) -> None:
     linked = {(folder / name).resolve() for name in ("last", "best") if (folder / name).exists()}
     for path in checkpoints(folder)[:-keep]:
         if path.resolve() not in linked:
-            shutil.rmtree(path)
+            _remove(path)
 
 
 # --- finding and loading -------------------------------------------------------------------------------------------
@@ -145,22 +166,40 @@ def _retain(folder: Path, keep: int) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    found = [p for p in Path(folder).glob("step-*") if FOLDER.search(p.name) and (p / "training.json").is_file()]
+    found = [p for p in Path(folder).glob("step-*") if FOLDER.search(p.name) and _complete(p)]
     return sorted(found, key=lambda p: int(FOLDER.search(p.name)[1]))
 
 
-def find(folder: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from: `auto` the newest one if any, `none` never one, else that path (or its `last`)."""
-    if resume == "none":
-        return None
-    if resume == "auto":
-        found = checkpoints(folder)
-        return found[-1] if found else None
-    path = Path(resume)
-    for candidate in (path, path / "last", path / "checkpoints" / "last"):
-        if (candidate / "training.json").is_file():
-            return candidate.resolve()
-    raise UserError(f"checkpoint.resume={resume}: no complete checkpoint there (a folder step-... with training.json)")
+def _complete(path: Path) -> bool:
+    return (path / "training.json").is_file() and (path / ".metadata").is_file()
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint that a run wrote last: what `last` points at, else the one with the highest step; None if none."""
+    if _complete(Path(folder) / "last"):
+        return (Path(folder) / "last").resolve()
+    found = checkpoints(folder)
+    return found[-1] if found else None
+
+
+def locate(path: str | Path) -> Path:
+    """The checkpoint that a user means: that folder, or the newest of a run folder. Raises UserError if there is none."""
+    path = Path(path)
+    found = path.resolve() if _complete(path) else newest(path) or newest(path / "checkpoints")
+    if found is None:
+        raise UserError(f"{path}: no complete checkpoint there (a folder step-... with training.json and .metadata)")
+    return found
+
+
+def find(folder: Path, resume: str, restarted: bool) -> Path | None:
+    """The checkpoint to go on from. A run's own checkpoints always win; without any, `auto` and `none` start anew and a
+    path is where to start from. `none` refuses a folder that holds a run, unless the launcher restarted this very job."""
+    own = newest(folder)
+    if own is not None and resume == "none" and not restarted:
+        raise UserError(f"checkpoint.resume=none, but {folder} holds a run; choose another output, or remove that folder")
+    if own is not None or resume in ("auto", "none"):
+        return own
+    return locate(resume)
 
 
 def read_info(path: Path) -> dict:
@@ -210,6 +249,19 @@ class _Reader(dcp.FileSystemReader):
         return metadata
 
 
+def _size(entry) -> list[int] | None:
+    return list(entry.size) if hasattr(entry, "size") else None  # None: not a tensor, so nothing of ours
+
+
+def _load(state: dict, path: Path, alone: bool) -> None:
+    try:
+        with _quiet():
+            dcp.load(state, storage_reader=_Reader(path), no_dist=alone)
+    except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"checkpoint {path} is damaged ({reason}); take another checkpoint") from None
+
+
 def load(path: Path, encoder, prototypes, optimizers: dict[str, torch.optim.Optimizer], rows: int) -> dict:
     """Load a checkpoint in place, whatever world size wrote it; returns its `training.json`. Collective.
 
@@ -223,8 +275,11 @@ def load(path: Path, encoder, prototypes, optimizers: dict[str, torch.optim.Opti
             prefix = f"optimizer.{part}.{name}."
             for key in (k[len(prefix) :] for k in saved if k.startswith(prefix)):
                 if key not in optimizer.state[parameter]:
-                    scalar = len(saved[prefix + key].size) == 0
-                    optimizer.state[parameter][key] = torch.zeros(()) if scalar else torch.zeros_like(parameter)
+                    scalar = _size(saved[prefix + key]) == []
+                    # Fused kernels count their steps on the parameter's device, the others on the CPU.
+                    where = parameter.device if optimizer.param_groups[0].get("fused") else None
+                    new = torch.zeros((), device=where) if scalar else torch.zeros_like(parameter)
+                    optimizer.state[parameter][key] = new
     state = named_state(encoder, prototypes, optimizers)
     for name in sorted(set(state) ^ set(saved)):
         raise UserError(
@@ -233,10 +288,9 @@ def load(path: Path, encoder, prototypes, optimizers: dict[str, torch.optim.Opti
         )
     for name, value in state.items():
         shape = [rows, *value.shape[1:]] if _is_rows(name, value) else list(value.shape)
-        if list(saved[name].size) != shape:
-            raise UserError(f"checkpoint {path}: {name} is {list(saved[name].size)} there, {shape} in this run")
-    with _quiet():
-        dcp.load(_wrap(state, rows), storage_reader=_Reader(path), no_dist=distributed.world_size() == 1)
+        if _size(saved[name]) != shape:
+            raise UserError(f"checkpoint {path}: {name} is {_size(saved[name])} there, {shape} in this run")
+    _load(_wrap(state, rows), path, distributed.world_size() == 1)
     return info
 
 
@@ -245,10 +299,9 @@ def load_encoder(path: Path, encoder: torch.nn.Module) -> dict:
     info, saved = read_info(path), _Reader(path).read_metadata().state_dict_metadata
     state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
     for name, value in state.items():
-        if name not in saved or list(saved[name].size) != list(value.shape):
+        if name not in saved or _size(saved[name]) != list(value.shape):
             raise UserError(f"checkpoint {path} does not hold this encoder: {name} is missing there or of another shape")
-    with _quiet():
-        dcp.load(state, storage_reader=_Reader(path), no_dist=True)
+    _load(state, path, True)
     encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in state.items()})
     return info
 

@@ -67,7 +67,8 @@ def forward_backward(
     """Gradients of the mean loss over the global batch of one step, however it is cut into micro-batches and ranks.
 
     `encoder` is the DDP module when there are several ranks; `prepare` turns uint8 images into the encoder's input.
-    Returns 0-d tensors, equal on every rank, not read back: loss, cos_y, norm (mean of this rank's embeddings).
+    Returns 0-d tensors that are not read back: loss and mean cos_y, equal on every rank, and the mean embedding norm of this
+    rank's images.
     """
     labels = gather_labels(parts)
     prototypes.begin_step(torch.cat(labels), step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -33,13 +34,14 @@ class Run:
 
     def __init__(self, config: DictConfig, context: distributed.Context):
         self.config, self.context, self.device = config, context, context.device
-        self.folder, self.step, self.best = Path(config.output), 0, None
+        self.folder, self.step, self.overflows = Path(config.output), 0, 0
+        self.best = state.best_so_far(self.folder / "checkpoints")
         if config.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True)
         lenient = config.data.on_corrupt == "skip"
-        if context.is_main:  # the first to open a large set builds its index; the others find it
-            open_records(config.data.train, strict=not lenient)
-        distributed.barrier()
+        # The first to open a large set builds its index; the others find it.
+        distributed.main_first(lambda: open_records(config.data.train, strict=not lenient))
         self.records = open_records(config.data.train, strict=not lenient)
         self.sampler = build.sampler_from(config, self.records)
         self._plan()
@@ -49,10 +51,8 @@ class Run:
         self.scaler = optim.LossScaler(self.device) if config.encoder.precision == "fp16" else None
         self.margin = build_margin(**config.margin)
         self.head = build.head_from(config)
-        self.sets = {Path(path).stem: path for path in config.data.eval}
-        for path in config.data.eval:  # before hours of training, not after them
-            if not Path(path).is_file():
-                raise UserError(f"data.eval: {path} does not exist; make pairs with `protomem data pairs`, or remove it")
+        self._check_sets()
+        self._check_batchnorm()
 
     def _plan(self) -> None:
         """How many steps, and how a step's rows are cut: over ranks, then into micro-batches."""
@@ -67,6 +67,28 @@ class Run:
         rows = [b - a for a, b in (distributed.batch_bounds(t.batch_size, r, world) for r in range(world))]
         self.parts = [[distributed.batch_bounds(n, a, t.accumulate) for n in rows] for a in range(t.accumulate)]
         self._learning_rate(0)  # a schedule that makes no sense is told before anything is built
+
+    def _check_sets(self) -> None:
+        """What would only show at the first evaluation, after hours."""
+        c = self.config
+        self.sets = {}
+        for path in c.data.eval:
+            if not Path(path).is_file():
+                raise UserError(f"data.eval: {path} does not exist; make pairs with `protomem data pairs`, or remove it")
+            if Path(path).stem in self.sets:
+                raise UserError(f"data.eval: two sets are called {Path(path).stem}; results are told apart by that name")
+            self.sets[Path(path).stem] = path
+        if c.checkpoint.best is not None and c.checkpoint.best not in self.sets:
+            raise UserError(f"checkpoint.best={c.checkpoint.best} is not one of data.eval: {', '.join(self.sets) or 'none'}")
+
+    def _check_batchnorm(self) -> None:
+        fewest = min(b - a for bounds in self.parts for a, b in bounds)
+        norms = (m for m in self.encoder.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm))
+        if fewest < 2 and any(norm.training for norm in norms) and not self.config.encoder.sync_bn:
+            raise UserError(
+                f"train.batch_size={self.config.train.batch_size} leaves a rank or micro-batch a single image, and BatchNorm "
+                "needs two; raise it, or set encoder.freeze_statistics=true"
+            )
 
     def _learning_rate(self, step: int) -> float:
         s = self.config.schedule
@@ -98,8 +120,15 @@ class Run:
         }
 
     def resume(self) -> Path | None:
+        found, restarted = None, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+        def find():
+            nonlocal found
+            found = state.find(self.folder / "checkpoints", self.config.checkpoint.resume, restarted)
+
+        distributed.main_first(find)
         path = distributed.broadcast_object(
-            str(state.find(self.folder / "checkpoints", self.config.checkpoint.resume) or "") if self.context.is_main else None
+            str(found or "") if self.context.is_main else None
         )
         if not path:
             return None
@@ -111,17 +140,19 @@ class Run:
                     "start anew with checkpoint.resume=none and another output folder"
                 )
         state.load(path, self.encoder, self.prototypes, self.optimizers, self.records.num_classes)
-        self.step, self.best = info["step"], info["best"]
+        self.step = info["step"]
         if self.scaler and info.get("scaler"):
             self.scaler.load_state_dict(info["scaler"])
         return Path(path)
 
-    def save(self, best: bool = False) -> Path:
+    def save(self) -> Path:
+        self._check_finite()
+        weights = torch.stack([p.detach().isfinite().all() for p in (*self.encoder.parameters(), self.prototypes.weight)])
+        self.finite *= distributed.all_reduce(weights.all().float(), "min")
         self._check_finite()
         state.average_statistics(self.encoder)
         info = {
             "run": self._identity(),
-            "best": self.best,
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "config": OmegaConf.to_container(self.config),
         }
@@ -132,7 +163,6 @@ class Run:
             self.records.num_classes,
             info,
             keep=self.config.checkpoint.keep,
-            best=best,
         )
         self.saved = self.step
         self.log.event("checkpoint", step=self.step, path=str(path))
@@ -164,13 +194,9 @@ class Run:
 
     def _improved(self, results: dict) -> bool:
         """Whether checkpoint.best (a pair set; null: the first) has its highest accuracy so far; remembers it."""
-        name = self.config.checkpoint.best or next(iter(self.sets), None)
-        if name is None:
-            return False
-        if name not in results:
-            raise UserError(f"checkpoint.best={name} is not one of the pair sets {', '.join(results)}")
+        name = self.config.checkpoint.best or next(iter(self.sets))
         accuracy = results[name].summary()["accuracy"]
-        if self.best is not None and accuracy <= self.best["accuracy"]:
+        if self.best is not None and self.best["set"] == name and accuracy <= self.best["accuracy"]:
             return False
         self.best = {"step": self.step, "set": name, "accuracy": accuracy}
         return True
@@ -187,7 +213,7 @@ class Run:
             is_main=self.context.is_main,
             wandb=OmegaConf.to_container(c.log.wandb),
             tensorboard=c.log.tensorboard,
-            resume_step=self.step if resumed else (None if c.checkpoint.resume == "auto" else -1),
+            resume_step=self.step if resumed else -1,
         )
         try:
             if resumed:
@@ -203,12 +229,10 @@ class Run:
     def _train(self) -> bool:
         c, world = self.config, self.context.world_size
         model = distributed.data_parallel(self.encoder, self.device)
-        if c.encoder.compile:
-            model = torch.compile(model)
-        self.model = model
-        self.model.train()
+        model.train()
         if world > 1:
-            self._settle_buckets()
+            self._settle_buckets(model)
+        self.model = torch.compile(model) if c.encoder.compile else model
         self.saved, self.finite = self.step, torch.ones((), device=self.device)
         self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": time.monotonic()}
         a = c.data.augment
@@ -228,6 +252,7 @@ class Run:
             bad_positions=known_bad(self.records),
         )
         stopped = self._catch_signals()
+        ask = 1 if self.device.type == "cpu" else 10  # reading the answer makes a GPU wait
         try:
             while self.step < self.total:
                 epoch, position = divmod(self.step, self.epoch_steps)
@@ -235,23 +260,23 @@ class Run:
                     stats = self._one_step(batch)
                     if self.step % c.log.every == 0 or self.step == self.total:
                         self._report(stats)
-                        if self._any_rank(stopped):
-                            self._stop(stopped)
-                            return False
                     self._periodic()
                     if self.step == self.total:
                         break
+                    if self.step % ask == 0 and self._any_rank(stopped):
+                        self._stop(stopped)
+                        return False
         finally:
             loader.close()
             self._release_signals()
         return True
 
-    def _settle_buckets(self) -> None:
+    def _settle_buckets(self, model: torch.nn.Module) -> None:
         """DDP re-orders its gradient buckets after its first backward, and with three or more ranks their order decides
         how float sums round. One empty pass before the first step lets a resumed run round as the uninterrupted one."""
         kept = [b.clone() for b in self.encoder.buffers()]
         size = self.config.data.size
-        self.model(torch.zeros(2, 3, size, size, device=self.device)).sum().mul(0).backward()
+        model(torch.zeros(2, 3, size, size, device=self.device)).sum().mul(0).backward()
         for buffer, value in zip(self.encoder.buffers(), kept):
             buffer.copy_(value)
 
@@ -291,15 +316,16 @@ class Run:
             autocast=lambda: torch.autocast(self.device.type, dtype=half, enabled=half is not None),
             scale_loss=self.scaler.scale if self.scaler else lambda loss: loss,
         )
-        self.finite *= torch.isfinite(stats["loss"])
         stats["lr"] = lr
-        self._update(stats)
+        if self._update(stats):
+            self.finite *= torch.isfinite(stats["loss"])
         self.step += 1
         self.interval["images"] += c.train.batch_size
         self.interval["skipped"] += batch.skipped
         return stats
 
-    def _update(self, stats: dict) -> None:
+    def _update(self, stats: dict) -> bool:
+        """Clip and step; False if an fp16 overflow made all ranks skip this step."""
         encoder_params = [p for p in self.encoder.parameters() if p.grad is not None]
         shard = self.prototypes.gradient()
         if self.scaler:
@@ -307,19 +333,25 @@ class Run:
             stats["loss_scale"] = self.scaler.factor.clone()
             self.scaler.update()
             if found.item():  # the one wait of an fp16 step; all ranks decide alike
-                return
+                self.overflows += 1
+                if self.overflows >= 100:
+                    raise UserError(f"fp16 overflowed in 100 steps in a row up to step {self.step}; use encoder.precision=bf16")
+                return False
+            self.overflows = 0
         if self.config.optimizer.clip > 0:
             stats["grad_norm"] = optim.clip_gradients(encoder_params, [shard], self.config.optimizer.clip)
         for optimizer in self.optimizers.values():
             optimizer.step()
+        return True
 
     def _report(self, stats: dict) -> None:
         now, i = time.monotonic(), self.interval
         seconds = max(now - i["since"], 1e-9)
         values = {**stats, "epoch": self.step / self.epoch_steps, "images_per_s": i["images"] / seconds}
         values["data_wait"] = i["wait"] / seconds
-        if i["skipped"]:
-            values["skipped_images"] = i["skipped"]
+        skipped = distributed.all_reduce(torch.tensor(float(i["skipped"]), device=self.device))
+        if skipped > 0:
+            values["skipped_images"] = int(skipped)
         self.log.step(self.step, values)
         self._check_finite()
         self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": now}
@@ -334,23 +366,31 @@ class Run:
 
     def _periodic(self) -> None:
         c, last, start = self.config, self.step == self.total, time.monotonic()
-        results = {}
+        path = None  # saved first: an evaluation that fails must not cost the training
+        if last or (c.checkpoint.every and self.step % c.checkpoint.every == 0):
+            path = self.save()
         if self.sets and (last or (c.evaluate.every and self.step % c.evaluate.every == 0)):
             results = self.evaluate("final" if last else f"step-{self.step}")
-            self.model.train()
-        best = bool(results) and self._improved(results)
-        if last or best or (c.checkpoint.every and self.step % c.checkpoint.every == 0):
-            self.save(best)
+            if self._improved(results):
+                path = path or self.save()
+                if self.context.is_main:
+                    state.mark_best(self.folder / "checkpoints", path, self.best)
         self.interval["since"] += time.monotonic() - start  # evaluating and saving is not training time
 
     # --- signals ---------------------------------------------------------------------------------------------------
 
     def _catch_signals(self) -> list[int]:
-        """SIGTERM, SIGINT and SIGUSR1 only leave a note; all ranks agree on it at the next logged step."""
+        """The first SIGTERM, SIGINT or SIGUSR1 leaves a note, on which all ranks agree after the step; the second one acts."""
         noted: list[int] = []
         self._previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+        def note(number, frame):
+            noted.append(number)
+            if number != signal.SIGTERM:  # Slurm and torchrun both send SIGTERM: twice is normal there
+                signal.signal(number, self._previous[number])
+
         for s in self._previous:
-            signal.signal(s, lambda number, frame: noted.append(number))
+            signal.signal(s, note)
         return noted
 
     def _release_signals(self) -> None:
@@ -372,7 +412,5 @@ def train(config: DictConfig) -> None:
     if not math.isfinite(config.optimizer.lr):
         raise UserError(f"optimizer.lr={config.optimizer.lr} is not a number")
     context = distributed.init(config.distributed.device, config.distributed.timeout_s)
-    try:
-        Run(config, context).run()
-    finally:
-        distributed.shutdown()
+    Run(config, context).run()
+    distributed.shutdown()  # not after an error: leaving the group can hang, and the message must come out

@@ -26,7 +26,7 @@ def test_default_yaml_is_the_schema_with_a_comment_on_every_key():
             assert "  # " in line, f"no comment: {line}"
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").rglob("*.yaml")))
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml")))
 def test_every_shipped_config_loads(path):
     if path.name != "default.yaml":
         config.load([str(path)], [] if path.name == "quickstart.yaml" else NEEDED)
@@ -42,6 +42,11 @@ def test_every_shipped_config_loads(path):
         ("encoder.dropout=1.5", "encoder.dropout=1.5 is not a probability"),
         ("train.batch_size=0", "train.batch_size=0 is too small"),
         ("schedule.steps=5", "schedule.epochs and schedule.steps are both set"),
+        ("optimizer.head.lr=-1", "optimizer.head.lr=-1.0 is too small"),
+        ("optimizer.clip=nan", "optimizer.clip=nan is too small"),
+        ("prototypes.rate=0.5", "no effect with prototypes.source=classifier, only with sampled"),
+        ("optimizer.betas=[0.9,0.9]", "no effect with optimizer.name=sgd"),
+        ("data.eval=[a.bin", "data.eval=\\[a.bin: the value is not valid YAML"),
         ("nonsense", "neither a config file nor key=value"),
     ],
 )
@@ -79,3 +84,7 @@ def test_a_misspelled_key_fails_fast_on_the_command_line():
     assert last == "error: optimizr.lr=1: unknown key optimizr.lr; did you mean optimizer.lr?"
     assert not re.search(r"\| +torch$", done.stderr, re.M)  # what makes it fast; no timed assertion
     print(f"{time.monotonic() - start:.2f} s")
+
+
+def test_margin_gradient_true_may_be_written_without_quotes():
+    assert config.load([], [*NEEDED, "margin.gradient=true"]).margin.gradient == "true"

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protomem.data.sampler import BalancedSampler, ShuffledSampler, hash64, permute, uniform
+from protomem.data.sampler import BalancedSampler, ShuffledSampler, permute
+from protomem.seeds import hash64, uniform
 from protomem.errors import UserError
 
 

@@ -8,8 +8,9 @@ import sys
 import time
 
 import pytest
+import torch
 
-from protomem import config, state
+from protomem import config, state, trainer
 from protomem.errors import UserError
 from protomem.trainer import train
 from tests.ranks import run_ranks
@@ -145,11 +146,61 @@ def test_checkpoint_of_other_data_or_model_is_refused(small_set, tmp_path):
             train(config.load([], settings(small_set, tmp_path, "schedule.steps=4", "schedule.warmup_steps=0", change)))
 
 
-def test_nan_loss_stops_and_leaves_the_checkpoint(small_set, tmp_path):
-    more = ("checkpoint.every=1", "optimizer.lr=1e30", "schedule.warmup_steps=0", "schedule.decay=constant")
-    with pytest.raises(UserError, match="NaN or infinite by step 2; the checkpoint of step 1 is intact"):
-        train(config.load([], settings(small_set, tmp_path, *more, "optimizer.clip=0")))
-    assert [path.name for path in state.checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
+def test_nan_weights_are_never_saved(small_set, tmp_path, monkeypatch):
+    """The loss of step 3 is finite, its update is not: step 3 is not saved, and step 2 goes on."""
+    step = trainer.Run._one_step
+
+    def poisoned(self, batch):
+        stats = step(self, batch)
+        if self.step == 3:
+            with torch.no_grad():
+                next(self.encoder.parameters()).fill_(float("nan"))
+        return stats
+
+    more = ("checkpoint.every=1", "schedule.steps=5", "schedule.warmup_steps=0")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="by step 3; the checkpoint of step 2 is intact"):
+        patch.setattr(trainer.Run, "_one_step", poisoned)
+        train(config.load([], settings(small_set, tmp_path, *more)))
+    assert [path.name for path in state.checkpoints(tmp_path / "checkpoints")] == ["step-00000001", "step-00000002"]
+    assert sorted(run(1, small_set, tmp_path, *more)) == [1, 2, 3, 4, 5]
+
+
+def test_a_nan_loss_stops(small_set, tmp_path):
+    more = ("checkpoint.every=0", "optimizer.lr=1e30", "schedule.warmup_steps=0", "schedule.decay=constant", "optimizer.clip=0")
+    with pytest.raises(UserError, match="NaN or infinite by step 2; nothing was saved"):
+        train(config.load([], settings(small_set, tmp_path, *more)))
+
+
+def test_fp16_follows_fp32_and_resumes_its_loss_scale(small_set, tmp_path):
+    more = ("encoder.precision=fp16", "schedule.steps=12", "checkpoint.every=6", "log.every=1", "train.accumulate=2")
+    half = run(2, small_set, tmp_path / "half", *more)
+    whole = run(2, small_set, tmp_path / "whole", *more, "encoder.precision=fp32")
+    assert_close(half, whole, 0.02)
+    scale = [json.loads(line).get("loss_scale") for line in (tmp_path / "half" / "metrics.jsonl").read_text().splitlines()]
+    assert 65536 in scale
+    subprocess.run(["rm", "-r", *map(str, state.checkpoints(tmp_path / "half" / "checkpoints")[1:])], check=True)
+    assert run(2, small_set, tmp_path / "half", *more) == half
+
+
+def test_resume_none_refuses_a_folder_with_a_run_and_a_path_starts_from_it(small_set, tmp_path):
+    more = ("schedule.steps=4", "schedule.warmup_steps=0", "checkpoint.every=2")
+    first = run(1, small_set, tmp_path / "first", *more)
+    with pytest.raises(UserError, match="holds a run"):
+        train(config.load([], settings(small_set, tmp_path / "first", *more, "checkpoint.resume=none")))
+    start = state.checkpoints(tmp_path / "first" / "checkpoints")[0]
+    second = run(1, small_set, tmp_path / "second", *more, f"checkpoint.resume={start}")
+    assert second == {k: first[k] for k in (3, 4)}
+
+
+def test_two_pair_sets_of_one_name_and_an_unknown_best_are_refused(small_set, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "lfw.bin").touch()
+    both = f"data.eval=[{tmp_path / 'a' / 'lfw.bin'},{tmp_path / 'b' / 'lfw.bin'}]"
+    one = f"data.eval=[{tmp_path / 'a' / 'lfw.bin'}]"
+    for given, message in (([both], "two sets are called lfw"), ([one, "checkpoint.best=lfv"], "checkpoint.best=lfv is not")):
+        with pytest.raises(UserError, match=message):
+            train(config.load([], settings(small_set, tmp_path / "run", *given)))
 
 
 def test_sigterm_saves_and_resumes(small_set, tmp_path):

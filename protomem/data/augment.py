@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from protomem.data.sampler import uniform
+from protomem.seeds import uniform
 from protomem.errors import UserError
 
 GREY = 127  # fill of an occlusion: the level that is nearest to 0 once normalised

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from protomem.errors import UserError
+from protomem.files import write_atomically
 
 _HEADER_BYTES = 4096
 _VERSION = 1  # raise it when the content of any index changes: old files are then rebuilt
@@ -42,17 +43,6 @@ def side_paths(stem: Path, suffix: str) -> tuple[Path, Path]:
     absolute = stem.absolute()
     tag = hashlib.blake2b(os.fsencode(absolute), digest_size=8).hexdigest()
     return Path(f"{absolute}{suffix}"), root / f"{absolute.parent.name}-{absolute.name}-{tag}{suffix}"
-
-
-def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
-    """Call `write(file)` on a temporary binary file in the same folder, then rename it to `path`."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_beside(stem: Path, suffix: str, write: Callable[[Any], None]) -> Path | None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from protomem.data.images import check_image, decode, image_size
-from protomem.data.index_cache import progress_bar, side_paths, write_atomically, write_beside
+from protomem.data.index_cache import progress_bar, side_paths, write_beside
 from protomem.errors import UserError
+from protomem.files import write_atomically
 
 _SUFFIX = ".verified.json"
 _CHUNK = 256

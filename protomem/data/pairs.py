@@ -14,9 +14,9 @@ import numpy as np
 
 from protomem.data.folders import SUFFIXES
 from protomem.data.images import check_image
-from protomem.data.index_cache import write_atomically
 from protomem.data.safe_pickle import RefusedError, read_plain_pickle
 from protomem.errors import UserError
+from protomem.files import write_atomically
 
 
 def read_bin(path: str | os.PathLike) -> tuple[list[bytes], np.ndarray]:

@@ -22,8 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from protomem.data.index_cache import progress_bar, write_atomically
+from protomem.data.index_cache import progress_bar
 from protomem.errors import UserError
+from protomem.files import write_atomically
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)

@@ -134,11 +134,12 @@ class _Head(torch.autograd.Function):
                     operands.matmul(pg.t(), xg, out=grad)
                 else:
                     operands.addmm(grad, pg.t(), xg)
-                along = z.mul_(p).sum(0).mul_(inverse[start:stop]).div_(-scale)
-                grad.addcmul_(w, along[:, None])
+                if not columns.unit:
+                    along = z.mul_(p).sum(0).mul_(inverse[start:stop]).div_(-scale)
+                    grad.addcmul_(w, along[:, None])
         if sink is not None:
             if c:
-                tangent = (x - cos_y[:, None] * mine) * g_cos[:, None]
+                tangent = (x if columns.unit else x - cos_y[:, None] * mine) * g_cos[:, None]
                 place = columns.target.clamp_min(0)
                 own = (columns.target >= 0).to(x.dtype) * inverse[place]
                 sink.buffer.index_add_(0, place, (tangent * own[:, None]).to(sink.buffer.dtype))

@@ -13,8 +13,9 @@ from protomem.data.faces.hashing import bits, key, uniform
 from protomem.data.faces.head import load_head
 from protomem.data.faces.identity import STYLES, identity_parameters
 from protomem.data.faces.scene import ImageOptions
-from protomem.data.faces.synth import read_manifest, render_blocks, replace_file, write_manifest
+from protomem.data.faces.synth import read_manifest, render_blocks, write_manifest
 from protomem.errors import UserError
+from protomem.files import write_atomically
 
 FIRST_IDENTITY = 10_000_000
 _FOLDS = 10
@@ -102,7 +103,7 @@ def write_face_pairs(
         manifest.unlink(missing_ok=True)
         encoded, truth = [encoded[k] for k in place], np.concatenate(truth)[place]
         write_bin(path, encoded, same.tolist())
-        replace_file(folder / f"{kind}.quality.npy", lambda file, truth=truth: np.save(file, truth))
+        write_atomically(folder / f"{kind}.quality.npy", lambda file, truth=truth: np.save(file, truth))
         write_manifest(manifest, wanted, [path], {"pairs": pairs, "quality_mean": float(truth.mean())})
     return out
 

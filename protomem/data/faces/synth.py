@@ -21,6 +21,7 @@ from protomem.data.faces.hashing import bits, key
 from protomem.data.faces.render import RENDERER, render_faces
 from protomem.data.faces.scene import ImageOptions
 from protomem.errors import UserError
+from protomem.files import write_atomically
 
 _BLOCK = 32  # pictures handed to a worker at a time
 
@@ -96,7 +97,7 @@ def write_face_set(
         # from here on the folder no longer holds what train.json may say
         (folder / "train.json").unlink(missing_ok=True)
     truth = np.concatenate(truth)
-    replace_file(folder / "train.quality.npy", lambda file: np.save(file, truth))
+    write_atomically(folder / "train.quality.npy", lambda file: np.save(file, truth))
     seconds = time.perf_counter() - begun
     statistics = {
         "images": len(labels),
@@ -221,18 +222,7 @@ def write_manifest(path: Path, wanted: dict, files: list[Path], statistics: dict
         "statistics": statistics,
         "files": {file.name: file.stat().st_size for file in files},
     }
-    replace_file(path, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
-
-
-def replace_file(path: Path, write) -> None:
-    """Write through a temporary name, so that `path` is the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
 
 
 def contact_sheet(
@@ -268,5 +258,5 @@ def contact_sheet(
     sheet = sheet.reshape(identities * cells.shape[1], images * cells.shape[2], 3)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda file: Image.fromarray(sheet).save(file, "PNG"))
+    write_atomically(path, lambda file: Image.fromarray(sheet).save(file, "PNG"))
     return path
