@@ -69,10 +69,10 @@ def test_embed_writes_rows_in_order(trained, small_set):
     "arguments, message",
     [
         (["train", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
-        (["train", "output=x", "data.train=/nowhere"], "/nowhere"),
+        (["train", "output=runs/never", "data.train=/nowhere"], "/nowhere"),
         (["evaluate", "/nowhere", "a.bin"], "a.bin does not exist"),
-        (["train", "output=x", "data.train=patterns:identities=9,images=2", "encoder.name=resnet50"], "iresnet50"),
-        (["train", "output=x", "data.train=patterns:identities=9,images=2", "distributed.device=cuda"], "no GPU"),
+        (["train", "output=runs/never", "data.train=patterns:identities=9,images=2", "train.batch_size=6", "encoder.name=resnet50"], "iresnet50"),
+        (["train", "output=runs/never", "data.train=patterns:identities=9,images=2", "train.batch_size=6", "distributed.device=cuda"], "no GPU"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(arguments, message, tmp_path):

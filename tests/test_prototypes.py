@@ -82,7 +82,7 @@ def test_sampled_equals_the_dense_formula_on_the_rows_that_were_drawn(world):
     x = unit_rows().requires_grad_()
     logits = 16 * torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(whole).t()
     target = torch.searchsorted(drawn, labels)
-    logits = logits - 16 * 0.2 * torch.nn.functional.one_hot(target, len(drawn))
+    logits = logits - 16 * 0.2 * torch.nn.functional.one_hot(target, len(drawn)).double()
     torch.nn.functional.cross_entropy(logits, target).backward()
     assert torch.allclose(torch.cat([r[4] for r in results]), whole.grad, rtol=1e-9, atol=1e-12)
     # x is on the sphere here: compare the part of its gradient that is tangential to it.
