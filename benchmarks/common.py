@@ -53,12 +53,13 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     print(f"wrote {path}")
 
 
-def start_ranks(script: str, ranks: int, arguments: list[str]) -> None:
+def start_ranks(script: str, ranks: int, arguments: list[str], more_env: dict[str, str] = {}) -> None:
     """Run `script --worker ...` on `ranks` processes with torchrun's variables, one thread each."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    env |= more_env
     command = [sys.executable, script, "--worker", *arguments]
     workers = [subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)]
     if any([w.wait() for w in workers]):

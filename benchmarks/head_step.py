@@ -98,15 +98,17 @@ def worker(options) -> None:
     labels = distributed.gather_rows(torch.randint(0, options.identities, (options.batch,), generator=g), sizes)
     shard = ClassifierShard(options.identities, options.size)
     times = {name: [] for name in VARIANTS}
-    memory = {}
-    for name in options.variants.split(","):
+    if options.memory:
+        name = options.variants
         optimizer = torch.optim.SGD([shard.weight], lr=0.01, momentum=0.9, weight_decay=5e-4, fused=name != "eager fp32" or None)
         shard.weight.grad, shard.sink.buffer = None, None
         VARIANTS[name](x, labels, sizes, shard, optimizer)  # makes the momentum, which is not counted
         shard.weight.grad, shard.sink.buffer = None, None
         blocked._pool.free.clear()  # what the head keeps between steps counts as well
-        memory[name] = peak_bytes(lambda: VARIANTS[name](x, labels, sizes, shard, optimizer))
-        del optimizer
+        peak = peak_bytes(lambda: VARIANTS[name](x, labels, sizes, shard, optimizer))
+        if rank == 0:
+            Path(options.worker_out).write_text(json.dumps(peak))
+        return distributed.shutdown()
     # One set of optimizers that live through the timed repeats, as they do in training.
     optimizers = {
         name: torch.optim.SGD([shard.weight], lr=0.01, momentum=0.9, weight_decay=5e-4, fused=name != "eager fp32" or None)
@@ -123,7 +125,7 @@ def worker(options) -> None:
             if repeat:  # the first is the warm-up
                 times[name].append(spent.item())
     if rank == 0:
-        Path(options.worker_out).write_text(json.dumps({"times": times, "memory": memory}))
+        Path(options.worker_out).write_text(json.dumps(times))
     distributed.shutdown()
 
 
@@ -132,15 +134,21 @@ def measure(ranks: int, identities: int, size: int, batch: int, repeats: int, va
         out = os.path.join(folder, "out.json")
         shape = ["--identities", identities, "--size", size, "--batch", batch, "--repeats", repeats, "--variants", variants]
         start_ranks(__file__, ranks, [*map(str, shape), "--worker-out", out])
-        found = json.loads(Path(out).read_text())
+        times, memory = json.loads(Path(out).read_text()), {}
+        # Memory in a process of its own each, whose allocator gives freed buffers back at once.
+        give_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+        for name in variants.split(","):
+            shape[-1] = name
+            start_ranks(__file__, ranks, [*map(str, shape), "--worker-out", out, "--memory"], give_back)
+            memory[name] = json.loads(Path(out).read_text())
     rows, local = [], -(-identities // ranks)
     logits, gradient = 4 * batch * ranks * local, 4 * local * size
     for name in variants.split(","):
         row = {"variant": name, "ranks": ranks, "identities": identities, "size": size, "batch_per_rank": batch}
-        row |= {f"cpu_s_{k}" if k != "repeats" else k: v for k, v in spread(found["times"][name]).items()}
-        ratios = [a / b for a, b in zip(found["times"][name], found["times"].get("eager fp32") or [])]
+        row |= {f"cpu_s_{k}" if k != "repeats" else k: v for k, v in spread(times[name]).items()}
+        ratios = [a / b for a, b in zip(times[name], times.get("eager fp32") or [])]
         row["ratio_to_eager_median"] = spread(ratios)["median"] if ratios else ""
-        row |= {"peak_extra_mb": found["memory"][name] / 1e6, "logits_mb": logits / 1e6, "gradient_mb": gradient / 1e6}
+        row |= {"peak_extra_mb": memory[name] / 1e6, "logits_mb": logits / 1e6, "gradient_mb": gradient / 1e6}
         row["bound_mb"] = (0.15 * logits + gradient) / 1e6
         rows.append(row)
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
@@ -157,6 +165,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker-out", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:

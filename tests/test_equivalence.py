@@ -76,7 +76,8 @@ def problem(batch: int, classes: int, labels, size: int = 6, features: int = 5, 
     weight = torch.randn(classes, size, generator=g, dtype=torch.float64)
     weight[0] *= 0  # replaced below by minus a sample's embedding: an angle beyond pi - m
     y = torch.tensor(labels) if labels is not None else torch.randint(0, classes, (batch,), generator=g)
-    weight[0] = -(encoder @ inputs[0]) + 0.1 * torch.randn(size, generator=g, dtype=torch.float64)
+    # Not nearer: sin t = sqrt(1 - cos^2) is ill-conditioned at 180 degrees, in float32 whoever computes it.
+    weight[0] = -(encoder @ inputs[0]) + 0.4 * torch.randn(size, generator=g, dtype=torch.float64)
     y[0] = 0 if labels is None else y[0]
     return inputs.to(dtype), encoder.to(dtype), weight.to(dtype), y
 
