@@ -147,12 +147,10 @@ def test_saved_evaluations_come_back_in_order_and_hold_no_pickle(tmp_path):
 
 
 def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
-    def disk_full(self, data):
-        with open(self, "wb") as file:
-            file.write(data[:10])
+    def disk_full(descriptor_or_path, *args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.Path, "write_bytes", disk_full)
+    monkeypatch.setattr("protomem.files.os.replace", disk_full)  # the data are written, the renaming fails
     with pytest.raises(OSError, match="disk full"):
         report.save_evaluation(tmp_path, "final", {"clean": result(1.0)}, {"clean": IMAGES})
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
