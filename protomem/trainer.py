@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from protomem.objective.margins import build_margin
 from protomem.report import save_evaluation, write_report
 from protomem.schedule import learning_rate
 from protomem.seeds import mix
+from protomem.signals import StopRequest
 from protomem.step import MicroBatch, forward_backward
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -251,9 +252,8 @@ class Run:
             on_corrupt=c.data.on_corrupt,
             bad_positions=known_bad(self.records),
         )
-        stopped = self._catch_signals()
         ask = 1 if self.device.type == "cpu" else 10  # reading the answer makes a GPU wait
-        try:
+        with StopRequest() as stop, contextlib.closing(loader):
             while self.step < self.total:
                 epoch, position = divmod(self.step, self.epoch_steps)
                 for batch in self._timed(loader.epoch(epoch, position)):
@@ -263,12 +263,11 @@ class Run:
                     self._periodic()
                     if self.step == self.total:
                         break
-                    if self.step % ask == 0 and self._any_rank(stopped):
-                        self._stop(stopped)
+                    if self.step % ask == 0 and stop.on_any_rank(self.device):
+                        if self.saved != self.step:
+                            self.save()
+                        self.log.event("stopped", step=self.step, reason=stop.reason())
                         return False
-        finally:
-            loader.close()
-            self._release_signals()
         return True
 
     def _settle_buckets(self, model: torch.nn.Module) -> None:
@@ -376,35 +375,6 @@ class Run:
                 if self.context.is_main:
                     state.mark_best(self.folder / "checkpoints", path, self.best)
         self.interval["since"] += time.monotonic() - start  # evaluating and saving is not training time
-
-    # --- signals ---------------------------------------------------------------------------------------------------
-
-    def _catch_signals(self) -> list[int]:
-        """The first SIGTERM, SIGINT or SIGUSR1 leaves a note, on which all ranks agree after the step; the second one acts."""
-        noted: list[int] = []
-        self._previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-
-        def note(number, frame):
-            noted.append(number)
-            if number != signal.SIGTERM:  # Slurm and torchrun both send SIGTERM: twice is normal there
-                signal.signal(number, self._previous[number])
-
-        for s in self._previous:
-            signal.signal(s, note)
-        return noted
-
-    def _release_signals(self) -> None:
-        for s, handler in self._previous.items():
-            signal.signal(s, handler)
-
-    def _any_rank(self, noted: list[int]) -> bool:
-        return bool(distributed.all_reduce(torch.tensor(float(bool(noted)), device=self.device), "max").item())
-
-    def _stop(self, noted: list[int]) -> None:
-        if self.saved != self.step:
-            self.save()
-        name = signal.Signals(noted[0]).name if noted else "a signal to another rank"
-        self.log.event("stopped", step=self.step, reason=name)
 
 
 def train(config: DictConfig) -> None:
