@@ -22,6 +22,10 @@ from protomem.errors import UserError
 class Sampler:
     name: str = "shuffled"
     images_per_identity: int = 4
+    refresh: float = 0.2
+    pick: str = "random"
+    group_size: int = 0
+    passes: int = 4
 
 
 @dataclass
@@ -62,10 +66,50 @@ class Encoder:
 
 
 @dataclass
+class Memory:
+    size: int = 100_000
+    policy: str = "ring"
+    momentum: float = 0.0
+    fill: str = "empty"
+    gradient: str = "none"
+    self_exclusion: str = "none"
+    average: str = "unit"
+    storage: str = "fp32"
+    key_encoder: float = 0.0
+    check_every: int = 0
+
+
+@dataclass
 class Prototypes:
     source: str = "classifier"
     rate: float = 0.1
     init_std: float = 0.01
+    memory: Memory = field(default_factory=Memory)
+
+
+@dataclass
+class Unrecognizable:
+    source: str = "synthetic"
+    images: int = 16
+    decay: float = 0.9
+    path: Optional[str] = None
+    pinned: bool = False
+
+
+@dataclass
+class Quality:
+    estimator: str = "equal"
+    usage: str = "soft"
+    power: float = 1.0
+    minimum: float = 1e-3
+    threshold: Optional[float] = None
+    quantile: float = 0.1
+    on_empty: str = "equal"
+    keep: int = 2
+    column: str = "quality"
+    warmup: float = 0.02
+    loss_weight: float = 0.0
+    unrecognizable: Unrecognizable = field(default_factory=Unrecognizable)
 
 
 @dataclass
@@ -173,6 +217,7 @@ class Config:
     data: Data = field(default_factory=Data)
     encoder: Encoder = field(default_factory=Encoder)
     prototypes: Prototypes = field(default_factory=Prototypes)
+    quality: Quality = field(default_factory=Quality)
     margin: Margin = field(default_factory=Margin)
     head: Head = field(default_factory=Head)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -187,10 +232,21 @@ class Config:
 CHOICES = {
     "data.loader": ("auto", "dali", "torch"),
     "data.on_corrupt": ("error", "skip"),
-    "data.sampler.name": ("shuffled", "balanced"),
+    "data.sampler.name": ("shuffled", "balanced", "mixed", "group"),
+    "data.sampler.pick": ("random", "random_old", "look_alike"),
     "encoder.last_bn": ("frozen", "learnable"),
     "encoder.precision": ("fp32", "bf16", "fp16"),
-    "prototypes.source": ("classifier", "sampled"),
+    "prototypes.source": ("classifier", "sampled", "memory"),
+    "prototypes.memory.policy": ("ring", "lru"),
+    "prototypes.memory.fill": ("empty", "random", "prefill"),
+    "prototypes.memory.gradient": ("none", "batch", "sgd"),
+    "prototypes.memory.self_exclusion": ("none", "loo", "split"),
+    "prototypes.memory.average": ("unit", "raw"),
+    "prototypes.memory.storage": ("fp32", "bf16"),
+    "quality.estimator": ("equal", "norm", "recognizability", "external", "magface", "zscore"),
+    "quality.usage": ("soft", "hard", "topk"),
+    "quality.on_empty": ("equal", "skip", "best"),
+    "quality.unrecognizable.source": ("synthetic", "external", "low_norm"),
     "margin.name": ("softmax", "cosface", "arcface", "combined"),
     "margin.gradient": ("true", "straight_through"),
     "margin.beyond_pi": ("threshold", "easy", "plain", "raw", "monotone"),
@@ -216,6 +272,17 @@ AT_LEAST = {
     "optimizer.head.lr": 0,
     "optimizer.head.weight_decay": 0,
     "prototypes.init_std": 1e-12,
+    "prototypes.memory.size": 1,
+    "prototypes.memory.momentum": 0,
+    "prototypes.memory.key_encoder": 0,
+    "prototypes.memory.check_every": 0,
+    "data.sampler.group_size": 0,
+    "data.sampler.passes": 1,
+    "quality.power": 0,
+    "quality.minimum": 0,
+    "quality.keep": 1,
+    "quality.loss_weight": 0,
+    "quality.unrecognizable.images": 1,
     "margin.filter_above": 0,
     "schedule.epochs": 0,
     "schedule.steps": 0,
