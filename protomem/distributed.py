@@ -189,6 +189,21 @@ def gather_with_grad(x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     return _GatherWithGrad.apply(x, sizes)
 
 
+def exchange_rows(rows: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+    """Send each of this rank's rows [n, ...] to the rank `owner` [n] names (-1: nobody); returns what arrives, in the
+    order of the senders. Collective; for loading and saving, not for steps."""
+    order = owner.argsort(stable=True)
+    order = order[owner[order] >= 0]
+    if world_size() == 1:
+        return rows[order]
+    counts = torch.bincount(owner[order], minlength=world_size())
+    arriving = torch.empty_like(counts)
+    dist.all_to_all_single(arriving, counts)
+    out = rows.new_empty(int(arriving.sum()), *rows.shape[1:])
+    dist.all_to_all_single(out, rows[order].contiguous(), arriving.tolist(), counts.tolist())
+    return out
+
+
 def gather_objects(value) -> list:
     """One small picklable value per rank -> the list of all, on every rank (for messages and statistics, not steps)."""
     if world_size() == 1:
