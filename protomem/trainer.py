@@ -68,8 +68,8 @@ class Run:
         rows = [b - a for a, b in (distributed.batch_bounds(t.batch_size, r, world, k) for r in range(world))]
         if min(rows) < t.accumulate:
             raise UserError(
-                f"train.batch_size={t.batch_size} is less than a row for each of {world} ranks x {t.accumulate} "
-                f"micro-batches: a rank has {min(rows)}; raise it, or lower train.accumulate"
+                f"train.batch_size={t.batch_size} leaves a rank {min(rows)} rows, too few for {t.accumulate} micro-batches; "
+                "raise it, or lower train.accumulate"
             )
         self.parts = [[distributed.batch_bounds(n, a, t.accumulate) for n in rows] for a in range(t.accumulate)]
         self._learning_rate(0)  # a schedule that makes no sense is told before anything is built
