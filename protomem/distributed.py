@@ -124,11 +124,17 @@ def shard_bounds(n: int, rank: int, world: int) -> tuple[int, int]:
     return min(rank * size, n), min((rank + 1) * size, n)
 
 
-def batch_bounds(n: int, rank: int, world: int) -> tuple[int, int]:
-    """Rows [start, stop) of `rank` of a global batch of n: as even as can be, the first n % W ranks get one more."""
-    size, rest = divmod(n, world)
+def batch_bounds(n: int, rank: int, world: int, together: int = 1) -> tuple[int, int]:
+    """Rows [start, stop) of `rank` of a global batch of n: as even as can be, the first ranks get one more.
+
+    together: so many neighbouring rows stay on one rank; n must be a multiple (ValueError), and the units are shared out.
+    """
+    units, odd = divmod(n, together)
+    if odd:
+        raise ValueError(f"{n} rows are not a multiple of {together}")
+    size, rest = divmod(units, world)
     start = rank * size + min(rank, rest)
-    return start, start + size + (rank < rest)
+    return start * together, (start + size + (rank < rest)) * together
 
 
 # --- collectives ---------------------------------------------------------------------------------------------------

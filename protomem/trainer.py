@@ -66,11 +66,16 @@ class Run:
         self.epoch_steps = self.sampler.steps_per_epoch
         self.total = s.steps or s.epochs * self.epoch_steps
         self.warmup = s.warmup_steps or round(s.warmup_epochs * self.epoch_steps)
-        if t.batch_size < world * t.accumulate:
+        k = self.sampler.together
+        if t.batch_size // k < world:
+            what = f"only {t.batch_size // k} identities of {k} images" if k > 1 else f"{t.batch_size} rows"
+            raise UserError(f"train.batch_size={t.batch_size} has {what} for {world} ranks; raise it, or start fewer ranks")
+        rows = [b - a for a, b in (distributed.batch_bounds(t.batch_size, r, world, k) for r in range(world))]
+        if min(rows) < t.accumulate:
             raise UserError(
-                f"train.batch_size={t.batch_size} is less than a row for each of {world} ranks x {t.accumulate} micro-batches"
+                f"train.batch_size={t.batch_size} leaves a rank {min(rows)} rows, too few for {t.accumulate} micro-batches; "
+                "raise it, or lower train.accumulate"
             )
-        rows = [b - a for a, b in (distributed.batch_bounds(t.batch_size, r, world) for r in range(world))]
         self.parts = [[distributed.batch_bounds(n, a, t.accumulate) for n in rows] for a in range(t.accumulate)]
         self._learning_rate(0)  # a schedule that makes no sense is told before anything is built
 

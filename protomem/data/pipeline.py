@@ -80,7 +80,7 @@ def make_loader(
     """
     if on_corrupt not in ("error", "skip"):
         raise UserError(f"data.on_corrupt={on_corrupt} is not one of error, skip")
-    start, stop = batch_bounds(sampler.batch_size, rank, world_size)
+    start, stop = batch_bounds(sampler.batch_size, rank, world_size, sampler.together)
     changes = draw(augment, seed, 0, np.zeros(1, np.int64), size).keys()
     decoder = _decoder(backend, stop - start, size, changes, device, threads, prefetch)
     return Loader(records, sampler, decoder, start, stop, augment, seed, size, prefetch, on_corrupt, bad_positions)
