@@ -86,6 +86,12 @@ def make_loader(
     return Loader(records, sampler, decoder, start, stop, augment, seed, size, prefetch, on_corrupt, bad_positions)
 
 
+def read_ahead(prefetch: int) -> int:
+    """How many steps beyond the one being trained a loader may have drawn, at most: `prefetch` by the reader, as many
+    again by the decoder (twice that in DALI's two stages), and what is in the hands of each."""
+    return 3 * max(prefetch, 1) + 3
+
+
 def _decoder(backend, rows, size, changes, device, threads, prefetch):
     if backend not in ("auto", "dali", "torch"):
         raise UserError(f"data.loader={backend} is not one of auto, dali, torch")
