@@ -48,7 +48,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer = csv.DictWriter(file, list(names), lineterminator="\n")
         writer.writeheader()
         writer.writerows(
-            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in {**row, **machine()}.items()} for row in rows
+            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in {**machine(), **row}.items()} for row in rows
         )
     print(f"wrote {path}")
 
