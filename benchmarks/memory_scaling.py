@@ -101,7 +101,8 @@ def worker(options) -> None:
         tensors = dict(prototypes.named_buffers())
         if optimizer is not None:
             (state,) = optimizer.state.values()
-            tensors |= {"weight": prototypes.weight, "gradient": prototypes.weight.grad, "momentum": state["momentum_buffer"]}
+            tensors |= {"weight": prototypes.weight, "gradient": prototypes.weight.grad}
+            tensors |= {"momentum": state["momentum_buffer"]}
         found["bytes"] = {name: tensor.nbytes for name, tensor in tensors.items()}
 
     found["peak"] = peak_bytes(run)
@@ -145,7 +146,8 @@ def measure(identities: list[int], repeats: int, steps: int) -> list[dict]:
 
 
 def table(rows: list[dict]) -> None:
-    print(f"{'':12}{'identities':>13}{'wall ms':>10}{'min':>10}{'max':>10}{'CPU ms':>10}{'state MB':>11}{'map MB':>9}{'peak MB':>10}")
+    heads = ("wall ms", "min", "max", "CPU ms", "state MB", "map MB", "peak MB")
+    print(f"{'':12}{'identities':>13}" + "".join(f"{head:>10}" for head in heads))
     for row in rows:
         print(f"{row['variant']:12}{row['identities']:13,}", end="")
         if "note" in row:
@@ -153,7 +155,7 @@ def table(rows: list[dict]) -> None:
             continue
         times = (row[name] for name in ("wall_ms_median", "wall_ms_min", "wall_ms_max", "cpu_ms_median"))
         print("".join(f"{value:10,.1f}" for value in times), end="")
-        print(f"{row['state_bytes'] / 1e6:11,.1f}{row['map_bytes'] / 1e6:9,.1f}{row['peak_extra_bytes'] / 1e6:10,.1f}")
+        print("".join(f"{row[name] / 1e6:10,.1f}" for name in ("state_bytes", "map_bytes", "peak_extra_bytes")))
 
 
 def plot(rows: list[dict], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training on 100,000 generated identities with few images each: prototype memory of 8,192 slots against the full classifier.
+"""Training on 100,000 generated identities with few images each: memory of 8,192 slots against the full classifier.
 
     python benchmarks/memory_training.py --out benchmarks/results --work runs/memory_training
     python benchmarks/memory_training.py --out DIR --work DIR --steps 40        # a quick look

@@ -167,7 +167,8 @@ def plot(lines: list[dict], path: Path) -> None:
         panel.set(title=f"{name.replace('_', ' ')} pairs", xlabel="degraded training images, %", ylabel="accuracy, %")
         panel.set_xticks(sorted({100 * line["share"] for line in lines}))
         panel.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), frameon=False, fontsize=9)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(METHODS), frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")
 
@@ -188,7 +189,8 @@ def main() -> None:
         training_set(work, share)
     rows = finished(table) if options.resume else []
     there = {tuple(row[name] for name in KEY) for row in rows}
-    wanted = [(share, seed, method, options.steps) for seed in range(1, options.seeds + 1) for share in options.shares for method in METHODS]
+    seeds = range(1, options.seeds + 1)  # outermost: what is there after an interruption covers all methods
+    wanted = [(share, seed, method, options.steps) for seed in seeds for share in options.shares for method in METHODS]
     todo = [run for run in wanted if run not in there]
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(one_run, work, bins, *run) for run in todo]
@@ -200,7 +202,8 @@ def main() -> None:
                 raise
             row = rows[-1]
             figures = "  ".join(f"{name} {100 * row[f'{name} accuracy']:.2f} %" for name in PAIRS)
-            print(f"{number}/{len(todo)}  {100 * row['share']:.0f} % degraded, seed {row['seed']}, {row['method']}: {figures}")
+            which = f"{100 * row['share']:.0f} % degraded, seed {row['seed']}, {row['method']}"
+            print(f"{number}/{len(todo)}  {which}: {figures}")
             write_csv(table, rows)
     lines = summary([row for row in rows if tuple(row[name] for name in KEY) in set(wanted)])
     write_csv(options.out / "quality_study_summary.csv", lines)
