@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
 from omegaconf import DictConfig
 
-from protomem import optim
+from protomem import distributed, optim
 from protomem.data.memory_samplers import GroupSampler, MixedSampler
 from protomem.data.pipeline import read_ahead
 from protomem.data.sampler import BalancedSampler, ShuffledSampler
@@ -22,6 +23,7 @@ from protomem.prototypes.slots import Slots
 from protomem.quality import Quality
 from protomem.seeds import mix
 
+log = logging.getLogger(__name__)
 
 def encoder_from(config: DictConfig, device: torch.device) -> torch.nn.Module:
     """The encoder that a config describes, with its initial weights, on `device`."""
@@ -45,6 +47,14 @@ def encoder_from(config: DictConfig, device: torch.device) -> torch.nn.Module:
     return encoder.to(device, memory_format=torch.channels_last if c.channels_last else torch.contiguous_format)
 
 
+def slots_from(config: DictConfig, num_identities: int) -> int:
+    """Slots of the prototype memory: no more than there are identities, since the others could never be filled."""
+    size = config.prototypes.memory.size
+    if size > num_identities and distributed.rank() == 0:
+        log.warning("prototypes.memory.size=%d: the data have %d identities, so many slots are used", size, num_identities)
+    return min(size, num_identities)
+
+
 def sampler_from(config: DictConfig, records):
     """Which records make up each batch. `mixed` follows the memory's content in a copy of its bookkeeping."""
     batch, s, m = config.train.batch_size, config.data.sampler, config.prototypes.memory
@@ -54,9 +64,10 @@ def sampler_from(config: DictConfig, records):
     shape = records.labels, batch // k, k, config.train.seed
     if s.name == "balanced":
         return BalancedSampler(*shape)
+    size = slots_from(config, records.num_classes)
     if s.name == "group":
-        return GroupSampler(*shape, group_size=s.group_size or max(m.size // 2, batch // k), passes=s.passes)
-    slots = Slots(m.size, records.num_classes, m.policy)
+        return GroupSampler(*shape, group_size=s.group_size or max(size // 2, batch // k), passes=s.passes)
+    slots = Slots(size, records.num_classes, m.policy)
     return MixedSampler(*shape, slots=slots, refresh=s.refresh, pick=s.pick, lag=read_ahead(config.data.prefetch) + 1)
 
 
@@ -82,7 +93,8 @@ def memory_from(config: DictConfig, num_identities: int, total_steps: int) -> Pr
     return PrototypeMemory(
         num_identities,
         size,
-        **{k: m[k] for k in ("size", "policy", "momentum", "fill", "gradient", "self_exclusion", "average", "storage")},
+        size=min(m.size, num_identities),
+        **{k: m[k] for k in ("policy", "momentum", "fill", "gradient", "self_exclusion", "average", "storage")},
         quality=quality,
         pinned=q.unrecognizable.pinned,
         seed=mix(config.train.seed, 2),
