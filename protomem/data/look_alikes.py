@@ -122,7 +122,7 @@ class _Once:
     def __call__(self) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
             if self._result is None:
-                self._result = tuple(np.array(values, np.int32) for values in self._fetch())
+                self._result = tuple(np.asarray(values).astype(np.int32) for values in self._fetch())
                 self._fetch = None  # with the buffers that it holds
             return self._result
 

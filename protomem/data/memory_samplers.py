@@ -41,7 +41,8 @@ class MixedSampler(IdentitySampler):
     large as the data leaves too few others: if the next 8 P places in line do not have enough, whoever is next is taken,
     so that every identity is shown once a round.
 
-    pick: which ones come back. `random`: uniformly from all occupied slots. `random_old`: from the older half by `seq`.
+    pick: which ones come back. `random`: uniformly from all occupied slots. `random_old`: from the older half by `seq`
+    (with the policy `ring`, a memory that holds everybody never ages, and this half stays the same: use `random` there).
     `look_alike`: the most similar identities of those next in line, as far as known (look_alikes.py) and in the memory,
     then random ones. Never strictly the oldest: with the policy `lru` the same refresh * M identities would come back for
     ever. The order inside a batch is shuffled, so no rank gets more of the refreshed ones than another.
@@ -118,7 +119,7 @@ class MixedSampler(IdentitySampler):
         if len(self._occupied) < self._slots.num_slots:  # a full memory stays full
             self._occupied = np.flatnonzero(self._label >= 0)
         again = min(self._from_memory, len(self._occupied))
-        labels = self._in_line(p - again, [])
+        labels = self._in_line(p - again, self.identities[:0])
         if self._alike:
             labels = np.concatenate([labels, self._look_alikes(labels, again)])
         labels = np.concatenate([labels, self._random(p - len(labels), labels, t)])
@@ -130,8 +131,10 @@ class MixedSampler(IdentitySampler):
         self._slots.plan(torch.from_numpy(labels))  # as the whole batch would be: how often a label occurs does not matter
         return self.images(np.searchsorted(self.identities, labels), visit)
 
-    def _in_line(self, wanted: int, taken) -> np.ndarray:
+    def _in_line(self, wanted: int, taken: np.ndarray) -> np.ndarray:
         """The next `wanted` labels in line that are not `taken`, outside of the memory if the window has enough."""
+        if wanted == 0:
+            return self.identities[:0]
         r = len(self.identities)
         places = self._place + np.arange(_WINDOW * self.identities_per_batch)  # always holds P distinct identities
         labels = self.identities[permute(places % r, r, hash64(self.seed, _LINE, places // r))]
@@ -140,8 +143,7 @@ class MixedSampler(IdentitySampler):
         possible &= ~np.isin(labels, taken)
         outside = possible & (self._slot_of[labels] < 0)
         chosen = np.flatnonzero(outside if outside.sum() >= wanted else possible)[:wanted]
-        if wanted:
-            self._place += int(chosen[-1]) + 1
+        self._place += int(chosen[-1]) + 1
         return labels[chosen]
 
     def _look_alikes(self, labels: np.ndarray, wanted: int) -> np.ndarray:
@@ -204,7 +206,7 @@ class MixedSampler(IdentitySampler):
         label, seq, written = (slots_state[name][:-1].cpu() for name in ("label", "seq", "written"))
         strange = np.setdiff1d(label[label >= 0].numpy(), self.identities)
         if strange.size:
-            raise UserError(f"the saved memory holds identity {strange[0]}, which has no images here; use the data it is from")
+            raise UserError(f"the saved memory holds identity {strange[0]}, which has no images here; use its own data")
         with self._lock:
             self._slots.adopt(label, seq, written, *(slots_state[name].cpu() for name in ("cursor", "clock", "time")))
             self._occupied = self._occupied[:0]
