@@ -184,6 +184,25 @@ class RowAdamW(_RowOptimizer):
         p.index_copy_(0, index, rows.add_(direction, alpha=-group["lr"]))
 
 
+class UnitRowSGD(torch.optim.Optimizer):
+    """Plain SGD on the rows of a prototype memory that learn (`gradient=sgd`), then back to unit length.
+
+    No momentum and no decay: a buffer would follow the slot, not the identity. memory: a PrototypeMemory."""
+
+    def __init__(self, memory, lr: float, lr_scale: float = 1.0):
+        self.memory = memory
+        super().__init__([{"params": [memory.store], "lr_scale": lr_scale}], {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        rows, group = self.memory.rows, self.param_groups[0]
+        rows.add_(self.memory.gradient().to(rows.dtype), alpha=-group["lr"])
+        rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(1e-12))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The gradient's buffer is the memory's, which starts it anew in each step."""
+
+
 def clip_gradients(
     encoder_params: Iterable[torch.Tensor], shard_grads: list[torch.Tensor], max_norm: float
 ) -> torch.Tensor:

@@ -57,12 +57,15 @@ def _hide(z, columns: Columns, start: int, stop: int) -> None:
 
 class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, columns: Columns, scale, negatives: Negatives | None, operands: Operands, block, store, keep):
+    def forward(ctx, x, own, live, columns: Columns, scale, negatives: Negatives | None, operands, block, store, keep):
         rows, (b, c) = columns.rows, (len(x), len(columns.rows))
         owned = (columns.target >= 0)[:, None]
-        mine = rows[columns.target.clamp_min(0)].to(x.dtype) * owned if c else torch.zeros_like(x)  # [B, D]
-        if not columns.unit:
-            mine = mine * inverse_norm(mine)[:, None]
+        if own is not None:
+            mine = own * owned
+        else:
+            mine = rows[columns.target.clamp_min(0)].to(x.dtype) * owned if c else torch.zeros_like(x)  # [B, D]
+            if not columns.unit:
+                mine = mine * inverse_norm(mine)[:, None]
         cos_y = distributed.all_reduce((x * mine).sum(1), "sum")
         inverse = torch.ones(c, dtype=x.dtype, device=x.device)
         kept_blocks = min(-(-c // block), store // max(1, b * block * x.element_size())) if keep else 0
@@ -70,15 +73,23 @@ class _Head(torch.autograd.Function):
         scratch = _pool.take(2, b * block, x) if c else None
         xg = operands.prepare(x)
         top, total = x.new_full((b,), HIDDEN), x.new_zeros(b)
+        nearest = columns.nearest
+        if nearest is not None:
+            nearest.cos, nearest.row = x.new_full((b,), float("-inf")), torch.zeros_like(columns.target)
         for k, start in enumerate(range(0, c, block)):
             stop = min(start + block, c)
             w = rows[start:stop]
             if not columns.unit:
-                inverse[start:stop] = inverse_norm(w)
+                inverse[start:stop] = inverse_norm(w.to(x.dtype))
             z = _view(kept[k] if k < kept_blocks else scratch[0], b, stop - start)
             operands.matmul(xg, operands.prepare(w).t(), out=z)
             z.mul_(inverse[start:stop] * scale)
             _hide(z, columns, start, stop)
+            if nearest is not None:
+                best, at = z.max(1)
+                closer = (best > HIDDEN / 2) & (best / scale > nearest.cos)
+                nearest.cos = torch.where(closer, best / scale, nearest.cos)
+                nearest.row = torch.where(closer, at + start, nearest.row)
             seen = _view(scratch[1], b, stop - start)
             if negatives is None:
                 values = z
@@ -93,7 +104,8 @@ class _Head(torch.autograd.Function):
         if scratch is not None:
             _pool.give(scratch)
         ctx.columns, ctx.scale, ctx.negatives, ctx.operands, ctx.block = columns, scale, negatives, operands, block
-        ctx.kept, ctx.kept_blocks = kept, kept_blocks
+        ctx.kept, ctx.kept_blocks, ctx.has_own = kept, kept_blocks, own is not None
+        ctx.live = columns.live.place if live is not None else None
         ctx.save_for_backward(x, mine, cos_y, lse, inverse)
         return cos_y, lse
 
@@ -105,6 +117,8 @@ class _Head(torch.autograd.Function):
         scratch = _pool.take(2, b * block, x) if c else None
         xg = operands.prepare(x)
         dx = mine * g_cos[:, None]
+        place = ctx.live
+        seen_live = x.new_zeros(b, len(place)) if place is not None else None  # [B, L] d loss / d z of the live rows
         factor = (g_lse * scale)[:, None]
         shift = torch.where(lse.isinf(), torch.zeros_like(lse), lse)[:, None]
         for k, start in enumerate(range(0, c, block)):
@@ -128,6 +142,9 @@ class _Head(torch.autograd.Function):
                 p.mul_(inverse[start:stop])
             pg = operands.prepare(p)
             operands.addmm(dx, pg, wg)
+            if place is not None:
+                inside = (place >= start) & (place < stop)
+                seen_live += p[:, (place - start).clamp(0, stop - start - 1)] * inside
             if sink is not None:
                 grad = sink.buffer[start:stop]
                 if sink.fresh:
@@ -137,18 +154,24 @@ class _Head(torch.autograd.Function):
                 if not columns.unit:
                     along = z.mul_(p).sum(0).mul_(inverse[start:stop]).div_(-scale)
                     grad.addcmul_(w, along[:, None])
+        d_own = x * (g_cos * (columns.target >= 0))[:, None] if ctx.has_own else None
+        d_live = None
+        if place is not None:
+            if not ctx.has_own:
+                seen_live += ((columns.target[:, None] == place) & (place >= 0)) * g_cos[:, None]
+            d_live = seen_live.t() @ x
         if sink is not None:
-            if c:
+            if c and not ctx.has_own:
                 tangent = (x if columns.unit else x - cos_y[:, None] * mine) * g_cos[:, None]
-                place = columns.target.clamp_min(0)
-                own = (columns.target >= 0).to(x.dtype) * inverse[place]
-                sink.buffer.index_add_(0, place, (tangent * own[:, None]).to(sink.buffer.dtype))
+                row = columns.target.clamp_min(0)
+                share = (columns.target >= 0).to(x.dtype) * inverse[row]
+                sink.buffer.index_add_(0, row, (tangent * share[:, None]).to(sink.buffer.dtype))
             sink.fresh = False
         for buffer in (scratch, ctx.kept):
             if buffer is not None:
                 _pool.give(buffer)
         ctx.kept = None
-        return dx, None, None, None, None, None, None, None
+        return dx, d_own, d_live, None, None, None, None, None, None, None
 
 
 def _view(buffer: torch.Tensor, b: int, width: int) -> torch.Tensor:
@@ -172,6 +195,8 @@ def blocked_head(
     block: rows per block (0: `block_rows(B)`). store_mb: MiB of logits kept for the backward (our default: 16).
     """
     block = min(block or block_rows(len(x)), max(1, len(columns.rows)))
-    keep = torch.is_grad_enabled() and (x.requires_grad or columns.sink is not None)
-    operands = Operands(precision if x.dtype == torch.float32 else "fp32")
-    return _Head.apply(x, columns, scale, negatives, operands, block, int(store_mb * 2**20), keep)
+    live = columns.live.rows if columns.live is not None else None
+    graphs = any(t is not None and t.requires_grad for t in (x, columns.own, live))
+    keep = torch.is_grad_enabled() and (graphs or columns.sink is not None)
+    operands = Operands(precision, x.dtype)
+    return _Head.apply(x, columns.own, live, columns, scale, negatives, operands, block, int(store_mb * 2**20), keep)

@@ -48,6 +48,28 @@ class GradSink:
 
 
 @dataclass
+class Live:
+    """Rows that were just made from the batch and carry a graph.
+
+    rows  [L, D] unit rows with a graph; the same numbers stand, detached, in Columns.rows
+    place [L]    local row of each, -1 where another rank owns it (or it is padding)
+    """
+
+    rows: torch.Tensor
+    place: torch.Tensor
+
+
+class Nearest:
+    """Filled by the head if asked for: this rank's negative with the largest cosine to each sample.
+
+    cos [B], -inf where this rank has no negative; row [B] local row. Neither has a gradient.
+    """
+
+    cos: torch.Tensor
+    row: torch.Tensor
+
+
+@dataclass
 class Columns:
     """This rank's prototypes as the head sees them.
 
@@ -55,6 +77,11 @@ class Columns:
     target [B]    local row of each sample's identity, -1 where another rank owns it
     sink          receives d loss / d rows; None for rows that are constants
     valid  [C]    False for rows that hold nothing (empty memory slots); None: all valid
+    own    [B, D] unit prototypes that cos_y is taken with instead of the target rows, with a graph or without; the
+                  target rows stay hidden from the negatives. The owner of the target counts. None: the target rows
+    live          rows with a graph, see there (needs `unit`); their gradient flows through it, not into the sink
+    weight [B]    of each sample in the mean loss, for the step; the head does not look at it. None: equal
+    nearest       where to put the hardest negatives; None: not wanted
     """
 
     rows: torch.Tensor
@@ -62,6 +89,10 @@ class Columns:
     sink: GradSink | None = None
     unit: bool = False
     valid: torch.Tensor | None = None
+    own: torch.Tensor | None = None
+    live: Live | None = None
+    weight: torch.Tensor | None = None
+    nearest: Nearest | None = None
 
 
 @dataclass(frozen=True)

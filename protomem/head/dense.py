@@ -45,17 +45,26 @@ def dense_head(x: torch.Tensor, columns: Columns, scale: float, negatives: Negat
             leaf.grad = None
 
         rows.register_post_accumulate_grad_hook(deliver)
+    rows = rows.to(x.dtype)
+    if columns.live is not None:
+        mine = columns.live.place >= 0
+        rows = rows.index_put((columns.live.place[mine],), columns.live.rows[mine])
     unit = rows if columns.unit else rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    cos = x @ unit.to(x.dtype).t()
+    cos = x @ unit.t()
     owned = columns.target >= 0
     is_target = torch.zeros(cos.shape, dtype=torch.bool, device=cos.device)
     is_target[owned.nonzero().squeeze(1), columns.target[owned]] = True
-    cos_y = _SumOverRanks.apply(cos.masked_fill(~is_target, 0).sum(1))
+    own = cos.masked_fill(~is_target, 0).sum(1) if columns.own is None else (x * columns.own).sum(1) * owned
+    cos_y = _SumOverRanks.apply(own)
+    hidden = is_target if columns.valid is None else is_target | ~columns.valid
+    if columns.nearest is not None:
+        seen = cos.detach().masked_fill(hidden, float("-inf"))
+        seen = torch.cat([seen, seen.new_full((len(x), 1), float("-inf"))], 1)  # a shard may be empty
+        columns.nearest.cos, columns.nearest.row = seen.max(1)
     if negatives is not None:
         value = negatives.value(cos.detach(), cos_y.detach()[:, None])
         slope = negatives.slope(cos.detach(), cos_y.detach()[:, None])
         cos = value + slope * (cos - cos.detach())
-    hidden = is_target if columns.valid is None else is_target | ~columns.valid
     logits = (scale * cos).masked_fill(hidden, float("-inf"))
     # logsumexp has no gradient over a row that is all -inf, and none is wanted: route such rows around it.
     some = ~hidden.all(1) if hidden.shape[1] else torch.zeros_like(owned)

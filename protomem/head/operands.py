@@ -24,16 +24,16 @@ def _cpu_bf16_units():
 
 
 class Operands:
-    """The three GEMM forms that a head needs; `prepare` an operand once and use it in several."""
+    """The three GEMM forms that a head needs; `prepare` an operand once and use it in several. dtype: of the sums."""
 
-    def __init__(self, precision: str):
+    def __init__(self, precision: str, dtype: torch.dtype = torch.float32):
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"head precision {precision!r} is not one of fp32, bf16")
-        self.half = precision == "bf16"
+        self.half, self.dtype = precision == "bf16" and dtype == torch.float32, dtype
 
     def prepare(self, t: torch.Tensor) -> torch.Tensor:
         if not self.half:
-            return t
+            return t.to(self.dtype)  # rows may be stored in bf16
         return t.bfloat16() if t.is_cuda else t.bfloat16().float()
 
     def matmul(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -42,8 +42,8 @@ class ClassifierShard(nn.Module):
         """Start a step whose global batch (all of its micro-batches) has these labels [B]."""
         self.weight.grad = self.sink.begin(self.weight.detach())
 
-    def columns(self, labels: torch.Tensor) -> Columns:
-        """This rank's prototypes for a (micro-)batch with the gathered labels [B]."""
+    def columns(self, labels: torch.Tensor, embeddings: torch.Tensor | None = None) -> Columns:
+        """This rank's prototypes for a (micro-)batch with the gathered labels [B]; they do not depend on embeddings."""
         mine = (labels >= self.first) & (labels < self.last)
         return Columns(self.weight.detach(), torch.where(mine, labels - self.first, -1), self.sink)
 
