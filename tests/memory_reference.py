@@ -247,7 +247,7 @@ class MemoryReference:
         if self.gradient == "batch":
             columns.update(live)
         if self.pinned and self.quality.u is not None:
-            columns[self.book.num_slots] = unit(self.quality.u)
+            columns[self.book.num_slots] = unit(self._keep(unit(self.quality.u)))
         if self.gradient == "sgd":
             columns = {s: row.clone().requires_grad_() for s, row in columns.items()}
             self.leaves = columns
