@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -87,6 +88,7 @@ def disputed(case: dict) -> bool:
     return among_builders or (skips and (exclusion == "loo" or case.get("gradient") == "batch"))
 
 
+@functools.cache
 def covering_array(seed: int = 0) -> list[dict]:
     """Configurations among which every allowed pair of option values occurs, by greedy choice (about 70)."""
     draw = random.Random(seed)

@@ -13,7 +13,8 @@ from protomem.prototypes.slots import FILLER
 from tests.memory_cases import covering_array, product_cases, run_memory, run_reference
 from tests.ranks import run_ranks
 
-STEPS, LONG = 16, 200
+STEPS = {1: 16, 2: 10, 3: 7, 4: 7}  # by world size: several ranks on few cores mostly wait for each other
+LONG = 200
 TOLERANCE = 1e-9
 USUAL = dict(
     estimator="equal",
@@ -61,8 +62,9 @@ def difference(case: dict, ranks: list[list[dict]], steps: int) -> str | None:
         return {s: ranks[s % world][step]["rows"][s // world] for s in range(case["size"])}
 
     fillers = np.stack(list(by_slot(0).values())).astype(np.float64) if case["fill"] == "random" else np.zeros(0)
-    expected = _expected(tuple(case.items()), steps, fillers.tobytes())
-    for step, want in enumerate(expected):
+    # The longest run serves all world sizes: batches of a shorter one are its beginning.
+    expected = _expected(tuple(case.items()), max(steps, max(STEPS.values())), fillers.tobytes())
+    for step, want in enumerate(expected[:steps]):
         got = [records[step + 1] for records in ranks]
         labels = [FILLER if s in want["fillers"] else -1 if c is None else c for s, c in enumerate(want["slots"])]
         for r, one in enumerate(got):
@@ -98,25 +100,43 @@ def compare(cases: list[dict], world: int, steps: int, timeout: float = 300) -> 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_pair_of_options(world):
     """A covering array: every pair of values of two options occurs in some configuration."""
-    wrong = compare(covering_array(), world, STEPS)
+    wrong = compare(covering_array(), world, STEPS[world])
     assert not wrong, "\n".join([f"{len(wrong)} configurations differ", *wrong])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_many_steps(world):
     """200 steps: the memory is overwritten about a hundred times."""
-    wrong = compare(LONG_CASES, world, LONG)
+    wrong = compare(LONG_CASES if world < 3 else LONG_CASES[world % 2 : world % 2 + 1], world, LONG)
+    assert not wrong, "\n".join(wrong)
+
+
+DISPUTED = {
+    "split_topk": dict(estimator="norm", usage="topk", self_exclusion="split"),
+    "split_best": dict(estimator="external", usage="threshold_best", self_exclusion="split"),
+    "split_skip": dict(estimator="norm", usage="quantile_skip", self_exclusion="split"),
+    "loo_skip": dict(estimator="norm", usage="quantile_skip", self_exclusion="loo"),
+    "batch_skip": dict(estimator="norm", usage="quantile_skip", gradient="batch"),
+    "batch_skip_dense": dict(estimator="norm", usage="quantile_skip", gradient="batch", backend="dense"),
+}
+
+
+@pytest.mark.parametrize("name", list(DISPUTED))
+def test_usages_where_few_images_build(name):
+    """The usage is among the images that build (split); without a new prototype the stored row is the positive, as it
+    is (skip), whatever the self-exclusion, gradient and head."""
+    wrong = compare([{**USUAL, **DISPUTED[name]}], 1, 16)
     assert not wrong, "\n".join(wrong)
 
 
 def exhaustive(worlds=(1, 2, 3, 4), chunk: int = 24) -> None:
-    """The full product in all worlds, with progress, and a summary at the end; takes hours on two cores."""
+    """policy x momentum x estimator x usage x gradient x self-exclusion in all worlds, with progress, and a summary at the end; takes hours on two cores."""
     cases, failures = product_cases(), []
     for world in worlds:
         begin = time.monotonic()
         for start in range(0, len(cases), chunk):
             part = cases[start : start + chunk]
-            failures += [f"{world} ranks, {text}" for text in compare(part, world, STEPS, timeout=1200)]
+            failures += [f"{world} ranks, {text}" for text in compare(part, world, 8, timeout=1200)]
             done = start + len(part)
             each = (time.monotonic() - begin) / done
             print(f"{world} ranks: {done}/{len(cases)}  {each:.2f} s each  {len(failures)} differ", flush=True)
