@@ -8,13 +8,18 @@ import torch
 from omegaconf import DictConfig
 
 from protomem import optim
+from protomem.data.memory_samplers import GroupSampler, MixedSampler
+from protomem.data.pipeline import read_ahead
 from protomem.data.sampler import BalancedSampler, ShuffledSampler
 from protomem.encoder import build_encoder
 from protomem.encoder.weights import load_weights
 from protomem.errors import UserError
 from protomem.head import HEADS
 from protomem.prototypes.classifier import ClassifierShard
+from protomem.prototypes.memory import PrototypeMemory
 from protomem.prototypes.sampled import SampledShard
+from protomem.prototypes.slots import Slots
+from protomem.quality import Quality
 from protomem.seeds import mix
 
 
@@ -41,19 +46,48 @@ def encoder_from(config: DictConfig, device: torch.device) -> torch.nn.Module:
 
 
 def sampler_from(config: DictConfig, records):
-    batch, s = config.train.batch_size, config.data.sampler
+    """Which records make up each batch. `mixed` follows the memory's content in a copy of its bookkeeping."""
+    batch, s, m = config.train.batch_size, config.data.sampler, config.prototypes.memory
+    if s.name == "shuffled":
+        return ShuffledSampler(len(records), batch, config.train.seed)
+    k = s.images_per_identity
+    shape = records.labels, batch // k, k, config.train.seed
     if s.name == "balanced":
-        k = s.images_per_identity
-        return BalancedSampler(records.labels, batch // k, k, config.train.seed)
-    return ShuffledSampler(len(records), batch, config.train.seed)
+        return BalancedSampler(*shape)
+    if s.name == "group":
+        return GroupSampler(*shape, group_size=s.group_size or max(m.size // 2, batch // k), passes=s.passes)
+    slots = Slots(m.size, records.num_classes, m.policy)
+    return MixedSampler(*shape, slots=slots, refresh=s.refresh, pick=s.pick, lag=read_ahead(config.data.prefetch) + 1)
 
 
-def prototypes_from(config: DictConfig, num_identities: int, device: torch.device):
+def prototypes_from(config: DictConfig, num_identities: int, device: torch.device, total_steps: int):
     size, p = config.encoder.embedding_size, config.prototypes
+    if p.source == "memory":
+        return memory_from(config, num_identities, total_steps).to(device)
     options = {"seed": mix(config.train.seed, 2), "std": p.init_std}
     if p.source == "sampled":
         return SampledShard(num_identities, size, rate=p.rate, **options).to(device)
     return ClassifierShard(num_identities, size, **options).to(device)
+
+
+def memory_from(config: DictConfig, num_identities: int, total_steps: int) -> PrototypeMemory:
+    size, m, q = config.encoder.embedding_size, config.prototypes.memory, config.quality
+    quality = Quality(
+        size,
+        **{k: q[k] for k in ("estimator", "usage", "power", "minimum", "threshold", "quantile", "on_empty", "keep", "loss_weight")},
+        warmup=round(q.warmup * total_steps),
+        unrecognizable="low_norm" if q.unrecognizable.source == "low_norm" else "given",
+        decay=q.unrecognizable.decay,
+    )
+    return PrototypeMemory(
+        num_identities,
+        size,
+        **{k: m[k] for k in ("size", "policy", "momentum", "fill", "gradient", "self_exclusion", "average", "storage")},
+        quality=quality,
+        pinned=q.unrecognizable.pinned,
+        seed=mix(config.train.seed, 2),
+        look_alikes=config.data.sampler.name == "mixed" and config.data.sampler.pick == "look_alike",
+    )
 
 
 def optimizers_from(config: DictConfig, encoder, prototypes) -> dict[str, torch.optim.Optimizer]:
@@ -65,6 +99,10 @@ def optimizers_from(config: DictConfig, encoder, prototypes) -> dict[str, torch.
     groups = optim.encoder_groups(encoder, o.weight_decay, o.no_decay_norm)
     built = {"encoder": optim.build_optimizer(groups, o.name, lr=o.lr, fused=o.fused, **options)}
     ratio = head_lr / o.lr if o.lr else 1.0
+    if config.prototypes.source == "memory":
+        if prototypes.gradient_mode == "sgd":
+            built["prototypes"] = optim.UnitRowSGD(prototypes, o.lr, ratio)
+        return built
     group = {"params": [prototypes.weight], "lr_scale": ratio, "weight_decay": head_decay, "sharded": True}
     if not prototypes.row_sparse:
         built["prototypes"] = optim.build_optimizer([group], o.name, lr=o.lr, fused=o.fused, **options)

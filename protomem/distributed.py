@@ -124,11 +124,17 @@ def shard_bounds(n: int, rank: int, world: int) -> tuple[int, int]:
     return min(rank * size, n), min((rank + 1) * size, n)
 
 
-def batch_bounds(n: int, rank: int, world: int) -> tuple[int, int]:
-    """Rows [start, stop) of `rank` of a global batch of n: as even as can be, the first n % W ranks get one more."""
-    size, rest = divmod(n, world)
+def batch_bounds(n: int, rank: int, world: int, together: int = 1) -> tuple[int, int]:
+    """Rows [start, stop) of `rank` of a global batch of n: as even as can be, the first ranks get one more.
+
+    together: so many neighbouring rows stay on one rank; n must be a multiple (ValueError), and the units are shared out.
+    """
+    units, odd = divmod(n, together)
+    if odd:
+        raise ValueError(f"{n} rows are not a multiple of {together}")
+    size, rest = divmod(units, world)
     start = rank * size + min(rank, rest)
-    return start, start + size + (rank < rest)
+    return start * together, (start + size + (rank < rest)) * together
 
 
 # --- collectives ---------------------------------------------------------------------------------------------------
@@ -187,6 +193,21 @@ def gather_with_grad(x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     if world_size() == 1:
         return x
     return _GatherWithGrad.apply(x, sizes)
+
+
+def exchange_rows(rows: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+    """Send each of this rank's rows [n, ...] to the rank `owner` [n] names (-1: nobody); returns what arrives, in the
+    order of the senders. Collective; for loading and saving, not for steps."""
+    order = owner.argsort(stable=True)
+    order = order[owner[order] >= 0]
+    if world_size() == 1:
+        return rows[order]
+    counts = torch.bincount(owner[order], minlength=world_size())
+    arriving = torch.empty_like(counts)
+    dist.all_to_all_single(arriving, counts)
+    out = rows.new_empty(int(arriving.sum()), *rows.shape[1:])
+    dist.all_to_all_single(out, rows[order].contiguous(), arriving.tolist(), counts.tolist())
+    return out
 
 
 def gather_objects(value) -> list:

@@ -3,8 +3,9 @@
 A checkpoint is a folder `step-00001234` with DCP's files and `training.json` (step, world size, what the data were).
 It is written under a temporary name and renamed when whole. `last` and `best` are links to one of them.
 
-What is state: encoder, prototype shards, optimizer, loss scale, step. The sampler's position, the augmentation and the
-random streams of a step are functions of (seed, step), so the step number restores them exactly, at any world size.
+What is state: encoder, prototype shards or memory, optimizer, loss scale, step, and where a sampler that follows the
+memory stands. Other samplers' positions, the augmentation and the random streams of a step are functions of (seed, step),
+so the step number restores them exactly, at any world size.
 """
 
 from __future__ import annotations
@@ -33,13 +34,16 @@ SHARDED = "prototypes."  # keys under which every rank holds other rows
 # --- what goes into a checkpoint -----------------------------------------------------------------------------------
 
 
-def named_state(encoder, prototypes, optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+def named_state(modules: dict[str, torch.nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
     """Every tensor of the training state by a name that does not depend on the world size.
 
-    `encoder.*` and `optimizer.encoder.*` are equal on all ranks; `prototypes.*` and `optimizer.prototypes.*` are rows.
+    modules: `encoder`, `prototypes`, and what else there is. `prototypes.*` and `optimizer.prototypes.*` are rows, of which
+    every rank has others; all else is equal on all ranks. A module that knows better than its state_dict has `saved()`.
     """
-    modules = {"encoder": encoder, "prototypes": prototypes}
-    state = {f"{part}.{k}": v for part, module in modules.items() for k, v in module.state_dict().items()}
+    state = {}
+    for part, module in modules.items():
+        own = module.saved() if hasattr(module, "saved") else {f"{part}.{k}": v for k, v in module.state_dict().items()}
+        state |= own
     for part, optimizer in optimizers.items():
         for name, parameter in modules[part].named_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -262,14 +266,17 @@ def _load(state: dict, path: Path, alone: bool) -> None:
         raise UserError(f"checkpoint {path} is damaged ({reason}); take another checkpoint") from None
 
 
-def load(path: Path, encoder, prototypes, optimizers: dict[str, torch.optim.Optimizer], rows: int) -> dict:
-    """Load a checkpoint in place, whatever world size wrote it; returns its `training.json`. Collective.
+def load(
+    path: Path, modules: dict[str, torch.nn.Module], optimizers: dict[str, torch.optim.Optimizer], more: tuple[str, ...] = ()
+) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Load a checkpoint in place, whatever world size wrote it; returns its `training.json` and the tensors named `more`,
+    of whatever shape they have there, equal on all ranks. Collective.
 
-    Optimizer state that does not exist before the first step (momentum) is created. Raises UserError if the checkpoint
-    is incomplete or belongs to another model (other shapes, other identities, another optimizer).
+    Optimizer state that does not exist before the first step (momentum) is created. A prototype memory of another size
+    takes over what it can. Raises UserError if the checkpoint is incomplete or belongs to another model (other shapes,
+    other identities, another optimizer).
     """
     info, saved = read_info(path), _Reader(path).read_metadata().state_dict_metadata
-    modules = {"encoder": encoder, "prototypes": prototypes}
     for part, optimizer in optimizers.items():
         for name, parameter in modules[part].named_parameters():
             prefix = f"optimizer.{part}.{name}."
@@ -280,18 +287,25 @@ def load(path: Path, encoder, prototypes, optimizers: dict[str, torch.optim.Opti
                     where = parameter.device if optimizer.param_groups[0].get("fused") else None
                     new = torch.zeros((), device=where) if scalar else torch.zeros_like(parameter)
                     optimizer.state[parameter][key] = new
-    state = named_state(encoder, prototypes, optimizers)
-    for name in sorted(set(state) ^ set(saved)):
+    state, rows, prototypes = named_state(modules, optimizers), modules["prototypes"].total_rows, modules["prototypes"]
+    for name in sorted((set(state) | set(more)) ^ set(saved)):
         raise UserError(
             f"checkpoint {path} is of another model or optimizer: {name} is only in "
             + ("the checkpoint" if name in saved else "this run")
         )
+    if hasattr(prototypes, "blank"):
+        blank, rows = prototypes.blank({name: _size(saved[name]) for name in saved})
+        state |= blank
+    for name in more:
+        state[name] = torch.zeros(_size(saved[name]), dtype=saved[name].properties.dtype)
     for name, value in state.items():
         shape = [rows, *value.shape[1:]] if _is_rows(name, value) else list(value.shape)
         if _size(saved[name]) != shape:
             raise UserError(f"checkpoint {path}: {name} is {_size(saved[name])} there, {shape} in this run")
     _load(_wrap(state, rows), path, distributed.world_size() == 1)
-    return info
+    if hasattr(prototypes, "blank"):
+        prototypes.restore(state, info["world_size"])
+    return info, {name: state[name] for name in more}
 
 
 def load_encoder(path: Path, encoder: torch.nn.Module) -> dict:

@@ -19,13 +19,14 @@ from protomem.data.pipeline import make_loader, normalise
 from protomem.data.records import open_records
 from protomem.errors import UserError
 from protomem.evaluate.extract import evaluate_bins
+from protomem.memory_run import MemoryRun
 from protomem.metrics import RunLog
 from protomem.objective.margins import build_margin
 from protomem.report import save_evaluation, write_report
 from protomem.schedule import learning_rate
 from protomem.seeds import mix
 from protomem.signals import StopRequest
-from protomem.step import MicroBatch, forward_backward
+from protomem.step import Extras, MicroBatch, enqueue, forward_backward
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,11 +48,15 @@ class Run:
         self.sampler = build.sampler_from(config, self.records)
         self._plan()
         self.encoder = build.encoder_from(config, self.device)
-        self.prototypes = build.prototypes_from(config, self.records.num_classes, self.device)
+        self.prototypes = build.prototypes_from(config, self.records.num_classes, self.device, self.total)
         self.optimizers = build.optimizers_from(config, self.encoder, self.prototypes)
         self.scaler = optim.LossScaler(self.device) if config.encoder.precision == "fp16" else None
         self.margin = build_margin(**config.margin)
         self.head = build.head_from(config)
+        self.memory = None
+        if config.prototypes.source == "memory":
+            rows = distributed.batch_bounds(config.train.batch_size, context.rank, context.world_size, self.sampler.together)
+            self.memory = MemoryRun(config, self.prototypes, self.sampler, self.encoder, self.records, rows, self.device)
         self._check_sets()
         self._check_batchnorm()
 
@@ -61,11 +66,16 @@ class Run:
         self.epoch_steps = self.sampler.steps_per_epoch
         self.total = s.steps or s.epochs * self.epoch_steps
         self.warmup = s.warmup_steps or round(s.warmup_epochs * self.epoch_steps)
-        if t.batch_size < world * t.accumulate:
+        k = self.sampler.together
+        if t.batch_size // k < world:
+            what = f"only {t.batch_size // k} identities of {k} images" if k > 1 else f"{t.batch_size} rows"
+            raise UserError(f"train.batch_size={t.batch_size} has {what} for {world} ranks; raise it, or start fewer ranks")
+        rows = [b - a for a, b in (distributed.batch_bounds(t.batch_size, r, world, k) for r in range(world))]
+        if min(rows) < t.accumulate:
             raise UserError(
-                f"train.batch_size={t.batch_size} is less than a row for each of {world} ranks x {t.accumulate} micro-batches"
+                f"train.batch_size={t.batch_size} leaves a rank {min(rows)} rows, too few for {t.accumulate} micro-batches; "
+                "raise it, or lower train.accumulate"
             )
-        rows = [b - a for a, b in (distributed.batch_bounds(t.batch_size, r, world) for r in range(world))]
         self.parts = [[distributed.batch_bounds(n, a, t.accumulate) for n in rows] for a in range(t.accumulate)]
         self._learning_rate(0)  # a schedule that makes no sense is told before anything is built
 
@@ -117,8 +127,12 @@ class Run:
             "seed": c.train.seed,
             "optimizer": c.optimizer.name,
             "sampler": c.data.sampler.name,
-            "images_per_identity": c.data.sampler.images_per_identity if c.data.sampler.name == "balanced" else None,
+            "images_per_identity": c.data.sampler.images_per_identity if c.data.sampler.name != "shuffled" else None,
         }
+
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        more = self.memory.modules() if self.memory else {}
+        return {"encoder": self.encoder, "prototypes": self.prototypes, **more}
 
     def resume(self) -> Path | None:
         found, restarted = None, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -140,28 +154,35 @@ class Run:
                     f"checkpoint {path} was made with {key}={info['run'].get(key)}, this run has {value}; restore it, or "
                     "start anew with checkpoint.resume=none and another output folder"
                 )
-        state.load(path, self.encoder, self.prototypes, self.optimizers, self.records.num_classes)
+        more = tuple(f"sampler.{name}" for name in self.memory.sampler_tensors()) if self.memory else ()
+        info, loaded = state.load(path, self._modules(), self.optimizers, more)
         self.step = info["step"]
+        if self.memory:
+            tensors = {name.removeprefix("sampler."): value for name, value in loaded.items()}
+            self.memory.restore_sampler(self.step, info["sampler"], tensors)
         if self.scaler and info.get("scaler"):
             self.scaler.load_state_dict(info["scaler"])
         return Path(path)
 
     def save(self) -> Path:
         self._check_finite()
-        weights = torch.stack([p.detach().isfinite().all() for p in (*self.encoder.parameters(), self.prototypes.weight)])
-        self.finite *= distributed.all_reduce(weights.all().float(), "min")
+        tensors = state.named_state(self._modules(), self.optimizers)
+        floats = torch.stack([t.detach().isfinite().all() for t in tensors.values() if t.is_floating_point() and t.ndim])
+        self.finite *= distributed.all_reduce(floats.all().float(), "min")
         self._check_finite()
         state.average_statistics(self.encoder)
+        numbers, more = self.memory.sampler_state(self.step) if self.memory else ({}, {})
         info = {
             "run": self._identity(),
+            "sampler": numbers,
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "config": OmegaConf.to_container(self.config),
         }
         path = state.save(
             self.folder / "checkpoints",
             self.step,
-            state.named_state(self.encoder, self.prototypes, self.optimizers),
-            self.records.num_classes,
+            tensors | {f"sampler.{name}": value for name, value in more.items()},
+            self.prototypes.total_rows,
             info,
             keep=self.config.checkpoint.keep,
         )
@@ -236,24 +257,15 @@ class Run:
         self.model = torch.compile(model) if c.encoder.compile else model
         self.saved, self.finite = self.step, torch.ones((), device=self.device)
         self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": time.monotonic()}
-        a = c.data.augment
-        loader = make_loader(
-            self.records,
-            self.sampler,
-            backend=c.data.loader,
-            rank=self.context.rank,
-            world_size=world,
-            augment=AugmentOptions(a.flip, a.crop, a.low_resolution, a.photometric, a.occlusion),
-            seed=c.train.seed,
-            size=c.data.size,
-            device=self.device,
-            threads=c.data.threads,
-            prefetch=c.data.prefetch,
-            on_corrupt=c.data.on_corrupt,
-            bad_positions=known_bad(self.records),
-        )
+        if self.step == 0 and self.memory and c.prototypes.memory.fill == "prefill":
+            steps = self.memory.fill(self._loader, lambda batch: self._parts(batch)[0], self._enqueue)
+            self.log.event("prefill", steps=steps)
+        loader = self._loader(self.sampler)
         ask = 1 if self.device.type == "cpu" else 10  # reading the answer makes a GPU wait
-        with StopRequest() as stop, contextlib.closing(loader):
+        with StopRequest() as stop, contextlib.ExitStack() as open_things:
+            open_things.callback(loader.close)
+            if self.memory:
+                open_things.callback(self.memory.close)  # first: the loader may be waiting in the sampler
             while self.step < self.total:
                 epoch, position = divmod(self.step, self.epoch_steps)
                 for batch in self._timed(loader.epoch(epoch, position)):
@@ -269,6 +281,48 @@ class Run:
                         self.log.event("stopped", step=self.step, reason=stop.reason())
                         return False
         return True
+
+    def _loader(self, sampler):
+        c = self.config
+        a = c.data.augment
+        return make_loader(
+            self.records,
+            sampler,
+            backend=c.data.loader,
+            rank=self.context.rank,
+            world_size=self.context.world_size,
+            augment=AugmentOptions(a.flip, a.crop, a.low_resolution, a.photometric, a.occlusion),
+            seed=c.train.seed,
+            size=c.data.size,
+            device=self.device,
+            threads=c.data.threads,
+            prefetch=c.data.prefetch,
+            on_corrupt=c.data.on_corrupt,
+            bad_positions=known_bad(self.records),
+        )
+
+    def _parts(self, batch) -> list[MicroBatch]:
+        """This rank's rows of a batch on the device, cut into micro-batches."""
+        rank, quality = self.context.rank, self.memory.numbers(batch.index) if self.memory else None
+        images, labels = batch.images.to(self.device, non_blocking=True), batch.labels.to(self.device, non_blocking=True)
+        parts = []
+        for bounds in self.parts:
+            lo, hi = bounds[rank]
+            own = None if quality is None else quality[lo:hi]
+            parts.append(MicroBatch(images[lo:hi], labels[lo:hi], [b - a for a, b in bounds], own))
+        return parts
+
+    def _forms(self) -> dict:
+        """How images become the encoder's input, and in which precision it runs."""
+        c, half = self.config, HALF.get(self.config.encoder.precision)
+        return {
+            "prepare": lambda x: normalise(x, channels_last=c.encoder.channels_last),
+            "autocast": lambda: torch.autocast(self.device.type, dtype=half, enabled=half is not None),
+            "extras": self.memory.extras if self.memory else Extras(),
+        }
+
+    def _enqueue(self, part: MicroBatch) -> None:
+        enqueue(part, self.encoder, self.prototypes, **self._forms())
 
     def _settle_buckets(self, model: torch.nn.Module) -> None:
         """DDP re-orders its gradient buckets after its first backward, and with three or more ranks their order decides
@@ -298,26 +352,25 @@ class Run:
             optim.set_learning_rate(optimizer, lr)
         # Dropout's stream is a function of (seed, step, rank): nothing about it needs to be saved.
         torch.manual_seed(mix(c.train.seed, 3, self.step, rank))
-        images, labels = batch.images.to(self.device, non_blocking=True), batch.labels.to(self.device, non_blocking=True)
-        parts = []
-        for bounds in self.parts:
-            lo, hi = bounds[rank]
-            parts.append(MicroBatch(images[lo:hi], labels[lo:hi], [b - a for a, b in bounds]))
-        half = HALF.get(c.encoder.precision)
+        if self.memory:
+            self.memory.before_step(self.step)
+        shown = (self.step + 1) % c.log.every == 0 or self.step + 1 == self.total
         stats = forward_backward(
-            parts,
+            self._parts(batch),
             self.model,
             self.prototypes,
             self.head,
             self.margin,
             self.step,
-            prepare=lambda x: normalise(x, channels_last=c.encoder.channels_last),
-            autocast=lambda: torch.autocast(self.device.type, dtype=half, enabled=half is not None),
             scale_loss=self.scaler.scale if self.scaler else lambda loss: loss,
+            observe=shown and self.memory is not None,
+            **self._forms(),
         )
         stats["lr"] = lr
         if self._update(stats):
             self.finite *= torch.isfinite(stats["loss"])
+        if self.memory:
+            self.memory.after_step()
         self.step += 1
         self.interval["images"] += c.train.batch_size
         self.interval["skipped"] += batch.skipped
@@ -326,9 +379,10 @@ class Run:
     def _update(self, stats: dict) -> bool:
         """Clip and step; False if an fp16 overflow made all ranks skip this step."""
         encoder_params = [p for p in self.encoder.parameters() if p.grad is not None]
-        shard = self.prototypes.gradient()
+        gradient = self.prototypes.gradient()
+        shard = [] if gradient is None else [gradient]
         if self.scaler:
-            found = self.scaler.unscale_([p.grad for p in encoder_params] + [shard])
+            found = self.scaler.unscale_([p.grad for p in encoder_params] + shard)
             stats["loss_scale"] = self.scaler.factor.clone()
             self.scaler.update()
             if found.item():  # the one wait of an fp16 step; all ranks decide alike
@@ -338,7 +392,7 @@ class Run:
                 return False
             self.overflows = 0
         if self.config.optimizer.clip > 0:
-            stats["grad_norm"] = optim.clip_gradients(encoder_params, [shard], self.config.optimizer.clip)
+            stats["grad_norm"] = optim.clip_gradients(encoder_params, shard, self.config.optimizer.clip)
         for optimizer in self.optimizers.values():
             optimizer.step()
         return True
@@ -353,6 +407,8 @@ class Run:
             values["skipped_images"] = int(skipped)
         self.log.step(self.step, values)
         self._check_finite()
+        if self.memory:
+            self.memory.check()
         self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": now}
 
     def _check_finite(self) -> None:

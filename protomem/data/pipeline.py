@@ -80,10 +80,16 @@ def make_loader(
     """
     if on_corrupt not in ("error", "skip"):
         raise UserError(f"data.on_corrupt={on_corrupt} is not one of error, skip")
-    start, stop = batch_bounds(sampler.batch_size, rank, world_size)
+    start, stop = batch_bounds(sampler.batch_size, rank, world_size, sampler.together)
     changes = draw(augment, seed, 0, np.zeros(1, np.int64), size).keys()
     decoder = _decoder(backend, stop - start, size, changes, device, threads, prefetch)
     return Loader(records, sampler, decoder, start, stop, augment, seed, size, prefetch, on_corrupt, bad_positions)
+
+
+def read_ahead(prefetch: int) -> int:
+    """How many steps beyond the one being trained a loader may have drawn, at most: `prefetch` by the reader, as many
+    again by the decoder (twice that in DALI's two stages), and what is in the hands of each."""
+    return 3 * max(prefetch, 1) + 3
 
 
 def _decoder(backend, rows, size, changes, device, threads, prefetch):

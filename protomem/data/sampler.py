@@ -5,7 +5,7 @@ with another number of ranks or loader threads, by asking for the next step. The
 cipher with cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, method 3); its round
 function is the finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014), so no library's random stream is involved.
 
-Legend: B global batch, N records, P identities per batch, K images per identity.
+Legend: B global batch, N records, R identities that have records, P identities per batch, K images per identity.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class ShuffledSampler:
     Raises UserError when there are fewer records than one batch needs.
     """
 
+    together = 1  # rows of a batch that belong on one rank
+
     def __init__(self, num_images: int, batch_size: int, seed: int):
         if not 1 <= batch_size <= num_images:
             raise UserError(f"a batch of {batch_size} cannot be drawn from {num_images} images; lower the batch size")
@@ -61,17 +63,14 @@ class ShuffledSampler:
         return permute(np.arange(start, start + self.batch_size), self.num_images, hash64(self.seed, 1, epoch))
 
 
-class BalancedSampler:
-    """P distinct identities times K images in each batch (P x K); the K images of an identity are neighbours.
+class IdentitySampler:
+    """What samplers of P distinct identities times K images (P x K) share: the records of each identity, drawn by visit.
 
-    Identities come in rounds. A round is a new permutation of all of them, cut into floor(C / P) batches: C mod P of
-    them, others each time, sit it out. Rounds run on across epochs, so in the long run every identity is seen equally
-    often. On each visit an identity continues where its last round stopped in a permutation of its images: an image
-    comes back only after all others have had their turn (so the K differ when it has at least K), and after every
-    K / gcd(n, K) passes over its n images the permutation is a new one. An epoch is floor(N / (P K)) steps (our
-    default): as many images as `ShuffledSampler` shows, though not each exactly once.
+    identities: the labels that occur, ascending, int64 [R]; a row is an index into it. An epoch is floor(N / (P K)) steps
+    (our default): as many images as `ShuffledSampler` shows, though not each exactly once. together: so many neighbouring
+    rows of a batch belong on one rank.
 
-    Memory: 16 bytes per identity, and 4 (8 from 2**32 records) per record unless the labels are already in order.
+    Memory: 24 bytes per identity, and 4 (8 from 2**32 records) per record unless the labels are already in order.
     Raises UserError when there are fewer identities than P or fewer records than P*K.
     """
 
@@ -90,24 +89,42 @@ class BalancedSampler:
             labels = labels[order]
         self._starts = np.concatenate([[0], np.flatnonzero(labels[1:] != labels[:-1]) + 1])
         self._counts = np.diff(self._starts, append=len(labels))
-        if len(self._starts) < identities_per_batch:
+        self.identities = labels[self._starts].astype(np.int64)
+        if len(self.identities) < identities_per_batch:
             raise UserError(
-                f"{identities_per_batch} identities per batch, but the set has only {len(self._starts)}; lower it"
+                f"{identities_per_batch} identities per batch, but the set has only {len(self.identities)}; lower it"
             )
         self.identities_per_batch, self.images_per_identity, self.seed = identities_per_batch, images_per_identity, seed
+        self.together = images_per_identity
         self.steps_per_epoch = len(labels) // self.batch_size
-        self._batches_per_round = len(self._starts) // identities_per_batch
 
-    def batch(self, epoch: int, step: int) -> np.ndarray:
-        """Record positions of the global batch at `step` of `epoch`, int64 [P*K]."""
-        p, k = self.identities_per_batch, self.images_per_identity
-        visit, batch = divmod(epoch * self.steps_per_epoch + step, self._batches_per_round)
-        slots = np.arange(batch * p, (batch + 1) * p)
-        identity = permute(slots, len(self._starts), hash64(self.seed, 2, visit))[:, None]  # [P, 1]
+    def images(self, rows: np.ndarray, visit: int) -> np.ndarray:
+        """Positions of K records of each identity [P] at its visit number `visit` (any integer), int64 [P*K].
+
+        Numbered one after the other, visits continue through a permutation of an identity's images: an image comes back
+        only after all others have had their turn, and after every K / gcd(n, K) passes over its n images the permutation
+        is a new one. The K of a visit differ whenever it has at least K.
+        """
+        k, identity = self.images_per_identity, rows[:, None]  # [P, 1]
         n = self._counts[identity]
         drawn = visit * k + np.arange(k)  # [K], the running number of each draw from an identity
         period = np.lcm(n, k)  # after so many draws a visit begins exactly at the start of a pass
         key = hash64(self.seed, 3, identity, visit * k // period)
-        inside = permute((drawn % period % n).ravel(), np.repeat(n, k), np.repeat(key, k)).reshape(p, k)
+        inside = permute((drawn % period % n).ravel(), np.repeat(n, k), np.repeat(key, k)).reshape(len(rows), k)
         position = (self._starts[identity] + inside).ravel()
         return position if self._order is None else self._order[position].astype(np.int64)
+
+
+class BalancedSampler(IdentitySampler):
+    """P x K batches in which every identity is seen equally often; the K images of an identity are neighbours.
+
+    Identities come in rounds. A round is a new permutation of all of them, cut into floor(R / P) batches: R mod P of
+    them, others each time, sit it out. Rounds run on across epochs, so in the long run every identity is seen equally
+    often. The number of the round is the number of the visit.
+    """
+
+    def batch(self, epoch: int, step: int) -> np.ndarray:
+        """Record positions of the global batch at `step` of `epoch`, int64 [P*K]."""
+        p, r = self.identities_per_batch, len(self.identities)
+        visit, batch = divmod(epoch * self.steps_per_epoch + step, r // p)
+        return self.images(permute(np.arange(batch * p, (batch + 1) * p), r, hash64(self.seed, 2, visit)), visit)

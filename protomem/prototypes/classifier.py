@@ -33,7 +33,7 @@ class ClassifierShard(nn.Module):
 
     def __init__(self, num_identities: int, embedding_size: int, *, seed: int = 0, std: float = 0.01):
         super().__init__()
-        self.num_identities = num_identities
+        self.num_identities = self.total_rows = num_identities
         self.first, self.last = distributed.shard_bounds(num_identities, distributed.rank(), distributed.world_size())
         self.weight = nn.Parameter(initial_rows(self.first, self.last, embedding_size, std, seed))
         self.sink = GradSink()

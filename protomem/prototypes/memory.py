@@ -17,6 +17,7 @@ from torch import nn
 
 from protomem import distributed
 from protomem.head import Columns, GradSink, Live, Nearest
+from protomem.prototypes import reshard
 from protomem.prototypes.slots import FILLER, Plan, Slots
 from protomem.quality import Quality, ranks_in_group
 from protomem.seeds import mix
@@ -104,6 +105,20 @@ class PrototypeMemory(nn.Module):
         self.slots.label[:-1] = FILLER
 
     @property
+    def total_rows(self) -> int:
+        """Rows of all ranks together, padding included."""
+        return self.local * self.world
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        return reshard.saved(self)
+
+    def blank(self, sizes: dict[str, list[int]]) -> tuple[dict[str, torch.Tensor], int]:
+        return reshard.blank(self, sizes)
+
+    def restore(self, state: dict[str, torch.Tensor], old_world: int) -> None:
+        reshard.restore(self, state, old_world)
+
+    @property
     def rows(self) -> torch.Tensor:
         """[R, D] this rank's slots, in place."""
         return self.store[:-1]
@@ -112,7 +127,7 @@ class PrototypeMemory(nn.Module):
 
     def begin_step(self, labels: torch.Tensor, step: int, external: torch.Tensor | None = None) -> None:
         """Plan a step with the gathered labels [B] and the data's own quality numbers [B], if they are used."""
-        self.plan, self.step, self.external = self.slots.plan(labels), step, external
+        self.plan, self.labels, self.step, self.external = self.slots.plan(labels), labels, step, external
         if self.sink is not None:
             self.sink.begin(self.rows)
 

@@ -1,0 +1,174 @@
+"""What a run with a prototype memory needs beside the step: copies of batch images that nobody can recognise, an averaged
+encoder, the data's quality numbers, filling the memory, and the sampler that follows its content."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from protomem import distributed
+from protomem.data.memory_samplers import MixedSampler
+from protomem.data.pipeline import eval_batches
+from protomem.data.records import open_records
+from protomem.data.unrecognizable import destroy, rows_here
+from protomem.encoder.ema import EmaEncoder
+from protomem.errors import UserError
+from protomem.prototypes.memory import PrototypeMemory
+from protomem.seeds import mix
+from protomem.step import Extras
+
+log = logging.getLogger(__name__)
+
+
+class FillSampler:
+    """The batches that fill a memory before training, as a sampler of one epoch."""
+
+    def __init__(self, batches: list[np.ndarray], together: int):
+        self.batches, self.together, self.batch_size = batches, together, len(batches[0])
+        self.steps_per_epoch = len(batches)
+
+    def batch(self, epoch: int, step: int) -> np.ndarray:
+        return self.batches[step]
+
+
+class MemoryRun:
+    """The parts of one rank. rows: (first, last) of this rank's rows in the global batch."""
+
+    def __init__(
+        self,
+        config: DictConfig,
+        memory: PrototypeMemory,
+        sampler,
+        encoder: torch.nn.Module,
+        records,
+        rows: tuple[int, int],
+        device: torch.device,
+    ):
+        self.config, self.memory, self.sampler, self.records, self.device = config, memory, sampler, records, device
+        self.follows = isinstance(sampler, MixedSampler)
+        q, decay = config.quality, config.prototypes.memory.key_encoder
+        self.key_encoder = EmaEncoder(encoder, decay) if decay else None
+        self.column = self._column(q.column) if q.estimator == "external" else None
+        self.extras = Extras(key_encoder=self.key_encoder)
+        self.step = 0
+        if memory.quality.wants_copies:
+            self.extras.total = q.unrecognizable.images
+            self.extras.copies = self._copies_from_a_set() if q.unrecognizable.path else self._copies_of_the_batch(rows)
+        if config.data.sampler.images_per_identity == 2 and distributed.rank() == 0:
+            log.warning("data.sampler.images_per_identity=2: each prototype is half the image itself; 3 or more say more")
+
+    # --- quality ---------------------------------------------------------------------------------------------------
+
+    def _column(self, name: str) -> torch.Tensor:
+        values = torch.from_numpy(np.asarray(self.records.column(name), np.float32))
+        if len(values) != len(self.records):
+            raise UserError(f"quality.column={name} has {len(values)} numbers for {len(self.records)} records; make it again")
+        if not values.isfinite().all():
+            first = int((~values.isfinite()).nonzero()[0])
+            raise UserError(f"quality.column={name}: record {first} has no finite number; make it again")
+        return values
+
+    def numbers(self, index: torch.Tensor) -> torch.Tensor | None:
+        """The data's own quality number of each record position [b], on the device; None unless they are used."""
+        return None if self.column is None else self.column[index].to(self.device, non_blocking=True)
+
+    def _copies_of_the_batch(self, rows: tuple[int, int]):
+        numbers, places = rows_here(self.extras.total, self.config.train.batch_size, *rows)
+        seed = mix(self.config.train.seed, 4)
+
+        def copies(images: torch.Tensor) -> torch.Tensor:
+            chosen = torch.stack([images[row] for row in places]) if places else images[:0]
+            return destroy(chosen, numbers, self.extras.total, seed, self.step)
+
+        return copies
+
+    def _copies_from_a_set(self):
+        c, total = self.config, self.extras.total
+        records = open_records(c.quality.unrecognizable.path)
+        encoded = [records.bytes(i) for i in range(len(records))]
+        images = torch.cat(list(eval_batches(encoded, 128, c.data.loader, size=c.data.size))).to(self.device)
+        first, last = distributed.batch_bounds(total, distributed.rank(), distributed.world_size())
+
+        def copies(_: torch.Tensor) -> torch.Tensor:
+            wanted = [(self.step * total + i) % len(images) for i in range(first, last)]
+            return torch.stack([images[i] for i in wanted]) if wanted else images[:0]
+
+        return copies
+
+    # --- around a step ---------------------------------------------------------------------------------------------
+
+    def before_step(self, step: int) -> None:
+        self.step = step
+
+    def after_step(self) -> None:
+        """Call it after the optimizers."""
+        if self.key_encoder is not None:
+            self.key_encoder.update()
+        if self.memory.look_alikes:
+            _, nearest = self.memory.look_alike_labels()
+            self.sampler.tell(self.step, _to_host(self.memory.labels, nearest))
+        every = self.config.prototypes.memory.check_every
+        if every and (self.step + 1) % every == 0:
+            self.memory.check_replicas()
+
+    def check(self) -> None:
+        """Waits for the device; call it where that is done anyway. Raises UserError if a step had too many identities."""
+        if self.memory.slots.overfull.item():
+            raise UserError(
+                f"by step {self.step + 1} a batch held more identities than prototypes.memory.size={self.memory.size}; enlarge it"
+            )
+
+    def fill(self, make_loader, to_parts, enqueue) -> int:
+        """prototypes.memory.fill=prefill: make prototypes of as many identities as there are slots, learning nothing.
+
+        make_loader(sampler) -> loader; to_parts(batch) -> micro-batch; enqueue(part). Returns the number of steps."""
+        batches = FillSampler(self.sampler.prefill_batches(), self.sampler.together)
+        loader = make_loader(batches)
+        try:
+            for step, batch in enumerate(loader.epoch(0)):
+                self.step = -1 - step  # other copies than any step of training makes
+                enqueue(to_parts(batch))
+        finally:
+            loader.close()
+        return batches.steps_per_epoch
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {} if self.key_encoder is None else {"key_encoder": self.key_encoder}
+
+    def sampler_state(self, step: int) -> tuple[dict, dict[str, torch.Tensor]]:
+        """(numbers, tensors) of a sampler that follows the memory, as of `step` steps done."""
+        return self.sampler.state(step) if self.follows else ({}, {})
+
+    def sampler_tensors(self) -> tuple[str, ...]:
+        return ("look_alike", "pending") if self.memory.look_alikes else ()
+
+    def restore_sampler(self, step: int, numbers: dict, tensors: dict[str, torch.Tensor]) -> None:
+        if self.follows:
+            self.sampler.restore(step, numbers, tensors, self.memory.slots.state_dict())
+
+    def close(self) -> None:
+        if self.follows:
+            self.sampler.close()
+
+
+def _to_host(*tensors: torch.Tensor):
+    """A function that returns the tensors as numpy arrays; on a GPU they travel while the next step runs."""
+    if not tensors[0].is_cuda:
+        return functools.partial(lambda values: tuple(t.numpy() for t in values), [t.clone() for t in tensors])
+    pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+    for target, source in zip(pinned, tensors):
+        target.copy_(source, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def fetch():
+        arrived.synchronize()
+        return tuple(t.numpy() for t in pinned)
+
+    return fetch

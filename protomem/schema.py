@@ -1,0 +1,321 @@
+"""The configuration's schema: every key with its type and default, and what values are allowed.
+
+`configs/default.yaml` explains the keys; a test keeps it equal to the defaults here. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Optional
+
+
+@dataclass
+class Sampler:
+    name: str = "shuffled"
+    images_per_identity: int = 4
+    refresh: float = 0.2
+    pick: str = "random"
+    group_size: int = 0
+    passes: int = 4
+
+
+@dataclass
+class Augment:
+    flip: float = 0.5
+    crop: float = 0.0
+    low_resolution: float = 0.0
+    photometric: float = 0.0
+    occlusion: float = 0.0
+
+
+@dataclass
+class Data:
+    train: str = "???"
+    eval: list[str] = field(default_factory=list)
+    size: int = 112
+    loader: str = "auto"
+    threads: int = 2
+    prefetch: int = 2
+    on_corrupt: str = "error"
+    sampler: Sampler = field(default_factory=Sampler)
+    augment: Augment = field(default_factory=Augment)
+
+
+@dataclass
+class Encoder:
+    name: str = "iresnet50"
+    embedding_size: int = 512
+    dropout: float = 0.0
+    last_bn: str = "frozen"
+    freeze_statistics: bool = False
+    sync_bn: bool = False
+    weights: Optional[str] = None
+    precision: str = "fp32"
+    channels_last: bool = True
+    checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass
+class Memory:
+    size: int = 100_000
+    policy: str = "ring"
+    momentum: float = 0.0
+    fill: str = "empty"
+    gradient: str = "none"
+    self_exclusion: str = "none"
+    average: str = "unit"
+    storage: str = "fp32"
+    key_encoder: float = 0.0
+    check_every: int = 0
+
+
+@dataclass
+class Prototypes:
+    source: str = "classifier"
+    rate: float = 0.1
+    init_std: float = 0.01
+    memory: Memory = field(default_factory=Memory)
+
+
+@dataclass
+class Unrecognizable:
+    source: str = "synthetic"
+    images: int = 16
+    decay: float = 0.9
+    path: Optional[str] = None
+    pinned: bool = False
+
+
+@dataclass
+class Quality:
+    estimator: str = "equal"
+    usage: str = "soft"
+    power: float = 1.0
+    minimum: float = 1e-3
+    threshold: Optional[float] = None
+    quantile: float = 0.1
+    on_empty: str = "equal"
+    keep: int = 2
+    column: str = "quality"
+    warmup: float = 0.02
+    loss_weight: float = 0.0
+    unrecognizable: Unrecognizable = field(default_factory=Unrecognizable)
+
+
+@dataclass
+class Margin:
+    name: str = "cosface"
+    scale: float = 64.0
+    m: Optional[float] = None
+    m1: Optional[float] = None
+    m2: Optional[float] = None
+    m3: Optional[float] = None
+    gradient: str = "true"
+    beyond_pi: str = "threshold"
+    filter_above: float = 0.0
+
+
+@dataclass
+class Head:
+    backend: str = "blocked"
+    precision: str = "fp32"
+    block: int = 0
+    store_mb: float = 16.0
+
+
+@dataclass
+class HeadOptimizer:
+    lr: Optional[float] = None
+    weight_decay: Optional[float] = None
+
+
+@dataclass
+class Optimizer:
+    name: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 5e-4
+    no_decay_norm: bool = False
+    clip: float = 0.0
+    fused: Optional[bool] = None
+    head: HeadOptimizer = field(default_factory=HeadOptimizer)
+
+
+@dataclass
+class Schedule:
+    epochs: int = 20
+    steps: int = 0
+    warmup_epochs: float = 0.0
+    warmup_steps: int = 0
+    decay: str = "polynomial"
+    power: float = 2.0
+    milestones: list[float] = field(default_factory=list)
+    gamma: float = 0.1
+    final_lr: float = 0.0
+
+
+@dataclass
+class Train:
+    batch_size: int = 512
+    accumulate: int = 1
+    seed: int = 1
+    deterministic: bool = False
+
+
+@dataclass
+class Evaluation:
+    every: int = 0
+    batch_size: int = 128
+    flip: bool = False
+    initial: bool = True
+
+
+@dataclass
+class Checkpoint:
+    every: int = 2000
+    keep: int = 2
+    best: Optional[str] = None
+    resume: str = "auto"
+
+
+@dataclass
+class Wandb:
+    mode: str = "disabled"
+    project: str = "protomem"
+    name: Optional[str] = None
+
+
+@dataclass
+class Log:
+    every: int = 50
+    tensorboard: bool = False
+    wandb: Wandb = field(default_factory=Wandb)
+
+
+@dataclass
+class Distributed:
+    device: str = "auto"
+    timeout_s: float = 600.0
+
+
+@dataclass
+class Config:
+    output: str = "???"
+    data: Data = field(default_factory=Data)
+    encoder: Encoder = field(default_factory=Encoder)
+    prototypes: Prototypes = field(default_factory=Prototypes)
+    quality: Quality = field(default_factory=Quality)
+    margin: Margin = field(default_factory=Margin)
+    head: Head = field(default_factory=Head)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train = field(default_factory=Train)
+    evaluate: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Log = field(default_factory=Log)
+    distributed: Distributed = field(default_factory=Distributed)
+
+
+ESTIMATORS = ("norm", "recognizability", "external", "magface", "zscore")  # of quality, besides `equal`
+CHOICES = {
+    "data.loader": ("auto", "dali", "torch"),
+    "data.on_corrupt": ("error", "skip"),
+    "data.sampler.name": ("shuffled", "balanced", "mixed", "group"),
+    "data.sampler.pick": ("random", "random_old", "look_alike"),
+    "encoder.last_bn": ("frozen", "learnable"),
+    "encoder.precision": ("fp32", "bf16", "fp16"),
+    "prototypes.source": ("classifier", "sampled", "memory"),
+    "prototypes.memory.policy": ("ring", "lru"),
+    "prototypes.memory.fill": ("empty", "random", "prefill"),
+    "prototypes.memory.gradient": ("none", "batch", "sgd"),
+    "prototypes.memory.self_exclusion": ("none", "loo", "split"),
+    "prototypes.memory.average": ("unit", "raw"),
+    "prototypes.memory.storage": ("fp32", "bf16"),
+    "quality.estimator": ("equal", *ESTIMATORS),
+    "quality.usage": ("soft", "hard", "topk"),
+    "quality.on_empty": ("equal", "skip", "best"),
+    "quality.unrecognizable.source": ("synthetic", "external", "low_norm"),
+    "margin.name": ("softmax", "cosface", "arcface", "combined"),
+    "margin.gradient": ("true", "straight_through"),
+    "margin.beyond_pi": ("threshold", "easy", "plain", "raw", "monotone"),
+    "head.backend": ("dense", "blocked"),
+    "head.precision": ("fp32", "bf16"),
+    "optimizer.name": ("sgd", "adamw", "lamb"),
+    "schedule.decay": ("polynomial", "cosine", "step", "constant"),
+    "log.wandb.mode": ("disabled", "offline", "online"),
+    "distributed.device": ("auto", "cpu", "cuda"),
+}
+AT_LEAST = {
+    "data.size": 16,
+    "data.threads": 1,
+    "data.prefetch": 1,
+    "data.sampler.images_per_identity": 1,
+    "encoder.embedding_size": 1,
+    "head.block": 0,
+    "head.store_mb": 0,
+    "margin.scale": 1e-6,
+    "optimizer.lr": 0,
+    "optimizer.clip": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.head.lr": 0,
+    "optimizer.head.weight_decay": 0,
+    "prototypes.init_std": 1e-12,
+    "prototypes.memory.size": 1,
+    "prototypes.memory.momentum": 0,
+    "prototypes.memory.key_encoder": 0,
+    "prototypes.memory.check_every": 0,
+    "data.sampler.group_size": 0,
+    "data.sampler.passes": 1,
+    "quality.power": 0,
+    "quality.minimum": 0,
+    "quality.keep": 1,
+    "quality.loss_weight": 0,
+    "quality.unrecognizable.images": 1,
+    "margin.filter_above": 0,
+    "schedule.epochs": 0,
+    "schedule.steps": 0,
+    "schedule.warmup_epochs": 0,
+    "schedule.warmup_steps": 0,
+    "train.batch_size": 1,
+    "train.accumulate": 1,
+    "evaluate.every": 0,
+    "evaluate.batch_size": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "log.every": 1,
+    "distributed.timeout_s": 1,
+}
+# A setting without effect is a mistake: these keys may only leave their default where the other key has such a value.
+ONLY_WITH = {
+    "data.sampler.images_per_identity": ("data.sampler.name", ("balanced", "mixed", "group")),
+    "data.sampler.refresh": ("data.sampler.name", ("mixed",)),
+    "data.sampler.pick": ("data.sampler.name", ("mixed",)),
+    "data.sampler.group_size": ("data.sampler.name", ("group",)),
+    "data.sampler.passes": ("data.sampler.name", ("group",)),
+    "prototypes.rate": ("prototypes.source", ("sampled",)),
+    "prototypes.init_std": ("prototypes.source", ("classifier", "sampled")),
+    **{f"prototypes.memory.{f.name}": ("prototypes.source", ("memory",)) for f in fields(Memory)},
+    "quality.estimator": ("prototypes.source", ("memory",)),
+    **{f"quality.{k}": ("quality.estimator", ESTIMATORS) for k in ("usage", "warmup", "loss_weight")},
+    **{f"quality.{k}": ("quality.usage", ("soft",)) for k in ("power", "minimum")},
+    **{f"quality.{k}": ("quality.usage", ("hard",)) for k in ("threshold", "quantile", "on_empty")},
+    "quality.keep": ("quality.usage", ("topk",)),
+    "quality.column": ("quality.estimator", ("external",)),
+    **{f"quality.unrecognizable.{f.name}": ("quality.estimator", ("recognizability",)) for f in fields(Unrecognizable)},
+    "margin.beyond_pi": ("margin.name", ("arcface", "combined")),
+    "margin.gradient": ("margin.name", ("arcface", "combined")),
+    "head.precision": ("head.backend", ("blocked",)),
+    "head.block": ("head.backend", ("blocked",)),
+    "head.store_mb": ("head.backend", ("blocked",)),
+    "optimizer.momentum": ("optimizer.name", ("sgd",)),
+    "optimizer.nesterov": ("optimizer.name", ("sgd",)),
+    "optimizer.betas": ("optimizer.name", ("adamw", "lamb")),
+    "optimizer.eps": ("optimizer.name", ("adamw", "lamb")),
+    "schedule.power": ("schedule.decay", ("polynomial",)),
+    "schedule.gamma": ("schedule.decay", ("step",)),
+}
+PROBABILITIES = tuple(f"data.augment.{f.name}" for f in fields(Augment)) + ("encoder.dropout", "quality.warmup")
