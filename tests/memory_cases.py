@@ -60,6 +60,25 @@ OPTIONS = {
 }
 
 
+USUAL = dict(
+    estimator="equal",
+    usage="soft",
+    gradient="none",
+    self_exclusion="none",
+    policy="ring",
+    momentum=0.0,
+    average="unit",
+    storage="fp32",
+    fill="empty",
+    size=12,
+    pinned=False,
+    loss_weight=0.0,
+    warmup=0,
+    margin="cosface",
+    backend="blocked",
+)
+
+
 def slow_phi(options: dict, cos: torch.Tensor) -> torch.Tensor:
     """The margin of one target cosine."""
     m = options["m"]

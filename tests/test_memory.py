@@ -10,29 +10,12 @@ import pytest
 import torch
 
 from protomem.prototypes.slots import FILLER
-from tests.memory_cases import covering_array, product_cases, run_memory, run_reference
+from tests.memory_cases import USUAL, covering_array, product_cases, run_memory, run_reference
 from tests.ranks import run_ranks
 
 STEPS = {1: 16, 2: 10, 3: 7, 4: 7}  # by world size: several ranks on few cores mostly wait for each other
 LONG = 200
 TOLERANCE = 1e-9
-USUAL = dict(
-    estimator="equal",
-    usage="soft",
-    gradient="none",
-    self_exclusion="none",
-    policy="ring",
-    momentum=0.0,
-    average="unit",
-    storage="fp32",
-    fill="empty",
-    size=12,
-    pinned=False,
-    loss_weight=0.0,
-    warmup=0,
-    margin="cosface",
-    backend="blocked",
-)
 LONG_CASES = [
     {**USUAL, "estimator": "norm", "gradient": "batch", "momentum": 0.5, "size": 17, "margin": "arcface"},
     {**USUAL, "estimator": "given", "usage": "power", "gradient": "sgd", "policy": "lru", "backend": "dense"},

@@ -201,10 +201,20 @@ def adopted(slots: Slots, size: int) -> tuple[Slots, list[int]]:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @settings(max_examples=120, deadline=None)
-@given(case=batches(steps=20), new_size=st.integers(1, 20), filled=st.booleans(), later=st.data())
-def test_adopt(policy, case, new_size, filled, later):
+@given(case=batches(steps=20), new_size=st.integers(1, 20), later=st.data())
+def test_adopt(policy, case, new_size, later):
+    check_adopt(policy, *case, new_size, False, later)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=60, deadline=None)
+@given(case=batches(steps=6), new_size=st.integers(1, 20), later=st.data())
+def test_adopt_with_fillers(policy, case, new_size, later):
+    check_adopt(policy, *case, new_size, True, later)
+
+
+def check_adopt(policy, size, lists, new_size, filled, later) -> None:
     """Another size keeps the newest min(M1, M2) rows, oldest in slot 0; the same size keeps everything in its place."""
-    size, lists = case
     slots = Slots(size, IDENTITIES, policy)
     if filled:
         slots.label[:-1] = FILLER
