@@ -115,6 +115,7 @@ def write_report(run_folder) -> Path:
         report_page.figures("", figures, ("histograms",), wide=True),
         report_page.figures("Training", figures, ("loss", "accuracy", "speed")),
         report_page.figures("", figures, ("others",), wide=True),
+        report_page.figures("Prototype memory", figures, ("memory",), wide=True),
         report_page.thumbnails(evaluations),
         report_page.events(events),
         report_page.details(config, machine),

@@ -36,6 +36,44 @@ STYLE = {
 SHOWN = {"step", "time", "loss", "lr", "images_per_s", "data_wait"}  # values with a figure of their own
 LINE, WIDE = (6.2, 3.2), 12.8  # inches
 
+# Panels of the figure `memory`: title; left axis and its values with their names; right axis and its value, if any.
+MEMORY_PANELS = (
+    (
+        "Slots in use (all of them is good)",
+        ("slots", {"memory_occupied": "in use", "memory_size": "in all"}),
+        ("identities refreshed, %", "memory_refreshed"),
+    ),
+    (
+        "Age of the prototypes (low is good)",
+        ("steps since written", {"memory_age_max": "oldest", "memory_age_mean": "mean"}),
+        None,
+    ),
+    ("New against old at refresh (high is good)", ("cosine", {"refresh_cos": "refreshed prototypes"}), None),
+    (
+        "Own and other prototypes (far apart is good)",
+        ("cosine", {"cos_y": "own", "cos_hardest": "hardest negative"}),
+        None,
+    ),
+    (
+        "Image quality (a wide band is good)",
+        ("quality", {"quality_q90": "90 % quantile", "quality_q50": "median", "quality_q10": "10 % quantile"}),
+        None,
+    ),
+    (
+        "Loss of the worst tenth (low is good)",
+        ("share of the loss, %", {"loss_lowest_decile": "tenth of lowest quality"}),
+        ("identities with equal weights", "fallbacks"),
+    ),
+)
+MEMORY = {key for _, (_, left), right in MEMORY_PANELS for key in (*left, *(right or ())[1:])}
+MEMORY_LOOKS = {
+    "memory_size": {"color": PALE, "linestyle": "--"},
+    "quality_q90": {"color": COLOURS[0], "alpha": 0.4},
+    "quality_q50": {"color": COLOURS[0]},
+    "quality_q10": {"color": COLOURS[0], "alpha": 0.4},
+}
+SHARES = {"memory_refreshed", "loss_lowest_decile"}  # logged in 0..1, shown in per cent
+
 
 def draw(
     folder: Path, steps: list[dict], events: list[dict], evaluations: dict[str, dict[str, dict]]
@@ -50,7 +88,11 @@ def draw(
             figures["loss"] = loss_figure(steps)
         if any("images_per_s" in r for r in steps):
             figures["speed"] = speed_figure(steps)
-        if others := sorted({k for r in steps for k in r} - SHOWN):
+        logged = {k for r in steps for k in r}
+        if logged & MEMORY - {"cos_y"}:  # every other source of prototypes has a cos_y, too
+            figures["memory"] = memory_figure(steps)
+            logged -= MEMORY
+        if others := sorted(logged - SHOWN):
             figures["others"] = others_figure(steps, others)
         if len({e["step"] for e in results}) > 1:
             figures["accuracy"] = accuracy_figure(results)
@@ -134,6 +176,56 @@ def others_figure(steps: list[dict], names: list[str]):
         axis.plot(*series(steps, name), color=COLOURS[4], linewidth=1.2)
         axis.set_title(name)
     return figure
+
+
+def memory_figure(steps: list[dict]):
+    """Panels on the state of a prototype memory and on the qualities it weights by; those without values are left out."""
+    values = {key: _finite(steps, key) for key in MEMORY}
+    panels = [
+        (title, left, right)
+        for title, left, right in MEMORY_PANELS
+        if any(len(values[key][0]) for key in (*left[1], *(right or ())[1:]))
+    ]
+    columns = min(max(len(panels), 2), 3)
+    rows = -(-len(panels) // columns)
+    figure, axes = new_figure(columns, rows, size=(WIDE, 2.5 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, (label, names), right) in zip(axes.flat, panels):
+        axis.set(title=title, xlabel="step")
+        names = {key: name for key, name in names.items() if len(values[key][0])}
+        for key, colour in zip(names, COLOURS):
+            _line(axis, *values[key], label=names[key], **{"color": colour} | MEMORY_LOOKS.get(key, {}))
+        if {"quality_q10", "quality_q90"} <= set(names):
+            (x, low), (other_x, high) = values["quality_q10"], values["quality_q90"]
+            axis.fill_between(x, low, np.interp(x, other_x, high), color=COLOURS[0], alpha=0.15, linewidth=0)
+        if len(names) > 1:
+            axis.legend()
+        if names:
+            axis.set_ylabel(label)
+        else:
+            axis.set_yticks([])
+        if label not in ("cosine", "quality"):  # counts and shares
+            axis.set_ylim(0, 1.08 * max((values[key][1].max() for key in names), default=0) or 1)
+        if right and len(values[right[1]][0]):
+            x, y = values[right[1]]
+            other = axis.twinx()
+            _line(other, x, smooth(y, len(y) // 30 | 1), color=COLOURS[1])  # counts of single batches: they jump
+            other.set_ylabel(right[0], color=COLOURS[1])
+            other.set_ylim(0, 1.08 * y.max() or 1)
+            other.grid(False)
+    return figure
+
+
+def _finite(steps: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """As `series`, without the steps at which there was nothing to measure, and shares in per cent."""
+    x, y = series(steps, key)
+    ok = np.isfinite(y)
+    return x[ok], y[ok] * (100 if key in SHARES else 1)
+
+
+def _line(axis, x, y, **look):
+    axis.plot(x, y, linewidth=1.2, marker="o" if len(x) < 3 else None, **look)
 
 
 def accuracy_figure(evaluations: list[dict]):

@@ -214,6 +214,73 @@ def test_smoothing_keeps_level_and_skips_gaps():
     assert np.isnan(report_plots.smooth(np.full(3, np.nan), 3)).all()
 
 
+def memory_steps(count=9):
+    """Step lines of a run with a prototype memory; where nothing was refreshed, there is no cosine."""
+    values = {"memory_occupied": 64, "memory_age_mean": 3, "memory_age_max": 9, "cos_y": 0.5, "cos_hardest": 0.3}
+    values |= {"quality_q10": 0.2, "quality_q50": 0.6, "quality_q90": 0.9, "fallbacks": 2}
+    constant = {"memory_size": 100, "memory_refreshed": 0.25, "loss_lowest_decile": 0.125, "lr": 0.1, "loss": 2.0}
+    rows = [{"step": k} | {key: v + k / 100 for key, v in values.items()} | constant for k in range(count)]
+    return [row | {"refresh_cos": None if row["step"] < 2 else 0.9} for row in rows]
+
+
+def curves(figure):
+    """{title: (lines of the left axis, lines of the right one)} of the visible panels."""
+    shown = [axis for axis in figure.axes if axis.get_visible()]
+    rights = {axis.get_position().bounds: axis.lines for axis in shown if not axis.get_title()}
+    lefts = [axis for axis in shown if axis.get_title()]
+    return {axis.get_title().split(" (")[0]: (axis.lines, rights.get(axis.get_position().bounds)) for axis in lefts}
+
+
+def test_memory_panels_show_every_value_once():
+    steps = memory_steps()
+    panels = curves(report_plots.memory_figure(steps))
+    lines = {line.get_label(): line.get_data() for left, _ in panels.values() for line in left}
+    keys = {
+        "in use": "memory_occupied",
+        "in all": "memory_size",
+        "mean": "memory_age_mean",
+        "oldest": "memory_age_max",
+        "own": "cos_y",
+        "hardest negative": "cos_hardest",
+        "90 % quantile": "quality_q90",
+        "median": "quality_q50",
+        "10 % quantile": "quality_q10",
+    }
+    for label, key in keys.items():
+        np.testing.assert_allclose(lines.pop(label)[1], [row[key] for row in steps])
+    x, y = lines.pop("refreshed prototypes")
+    assert list(x) == list(range(2, 9)) and set(y) == {0.9}  # the steps without a refresh are left out
+    assert set(lines.pop("tenth of lowest quality")[1]) == {12.5} and not lines  # in per cent
+    rights = {title: right for title, (_, right) in panels.items() if right}
+    assert list(rights) == ["Slots in use", "Loss of the worst tenth"]
+    np.testing.assert_allclose(rights["Slots in use"][0].get_ydata(), 25)
+    np.testing.assert_allclose(rights["Loss of the worst tenth"][0].get_ydata(), [row["fallbacks"] for row in steps])
+
+
+def test_memory_panels_without_values_are_left_out():
+    steps = [{"step": k, "fallbacks": 0, "quality_q10": 0.1, "refresh_cos": None} for k in range(3)]
+    figure = report_plots.memory_figure(steps)
+    assert list(curves(figure)) == ["Image quality", "Loss of the worst tenth"]
+    assert not figure.axes[0].collections  # no band without its other edge
+    assert report_plots.memory_figure(memory_steps()).axes[4].collections
+
+
+def test_a_memory_has_its_section_and_leaves_the_other_panels(tmp_path, monkeypatch):
+    shown = []
+    draw_others = report_plots.others_figure
+    monkeypatch.setattr(report_plots, "others_figure", lambda steps, names: shown.extend(names) or draw_others(steps, names))
+    for name, extra in (("memory", memory_steps()), ("classifier", [{"step": k, "cos_y": 0.5} for k in range(3)])):
+        log = RunLog(tmp_path / name, total_steps=10, config={}, is_main=True, console=False)
+        for row in extra:
+            values = {k: float("nan") if v is None else v for k, v in row.items() if k != "step"}
+            log.step(row["step"], values | {"grad_norm": 1.0})
+        log.close()
+        shown.clear()
+        page = Page(report.write_report(tmp_path / name).read_text())
+        assert ("Prototype memory" in page.text) == (tmp_path / name / "report/memory.png").exists() == (name == "memory")
+        assert shown == (["grad_norm", "memory_gb"] if name == "memory" else ["cos_y", "grad_norm", "memory_gb"])
+
+
 def test_environment_names_versions_and_hides_secrets(monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["protomem", "train", "a.yaml", "log.wandb.api_key=xyz", "seed=1", "name=two words"]

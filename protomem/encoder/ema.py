@@ -23,7 +23,7 @@ class EmaEncoder(nn.Module):
         if not 0 <= decay < 1:
             raise UserError(f"prototypes.memory.key_encoder={decay} is not in [0, 1)")
         self.decay = decay
-        self.encoder = source.requires_grad_(False)
+        self.encoder = copy.deepcopy(source).requires_grad_(False)
         self._source = (source,)  # in a tuple, or it would be registered as a part of this module
 
     @torch.no_grad()
