@@ -149,15 +149,15 @@ def _pairs(case: dict) -> set:
 
 
 def product_cases() -> list[dict]:
-    """The full product policy x momentum x estimator x usage x gradient x self-exclusion; the rest in turn."""
+    """The full product policy x momentum x estimator x usage x gradient x self-exclusion; the rest at random."""
     main = ("policy", "momentum", "estimator", "usage", "gradient", "self_exclusion")
     out = []
     for k, values in enumerate(itertools.product(*(OPTIONS[name] for name in main))):
-        case = dict(zip(main, values))
-        for step, name in enumerate(n for n in OPTIONS if n not in main):
-            choices = [v for v in OPTIONS[name] if allowed({**case, name: v})]
-            case[name] = choices[(k * (2 * step + 1) // (step + 1)) % len(choices)]
-        out.append(case)
+        case, draw = dict(zip(main, values)), random.Random(k)
+        for name in (n for n in OPTIONS if n not in main):
+            case[name] = draw.choice([v for v in OPTIONS[name] if allowed({**case, name: v})])
+        if not disputed(case):
+            out.append(case)
     return out
 
 

@@ -89,8 +89,8 @@ class QualityReference:
         decay=0.9,
     ):
         self.estimator, self.usage, self.power, self.minimum, self.threshold = estimator, usage, power, minimum, threshold
-        self.quantile, self.on_empty, self.keep, self.warmup, self.loss_weight = quantile, on_empty, keep, warmup, loss_weight
-        self.unrecognizable, self.decay = unrecognizable, decay
+        self.quantile, self.on_empty, self.keep, self.warmup = quantile, on_empty, keep, warmup
+        self.loss_weight, self.unrecognizable, self.decay = loss_weight, unrecognizable, decay
         self.u = None  # running mean of unit embeddings of the unrecognizable
         self.mean = self.deviation = None
 

@@ -106,8 +106,8 @@ DISPUTED = {
 
 @pytest.mark.parametrize("name", list(DISPUTED))
 def test_usages_where_few_images_build(name):
-    """The usage is among the images that build (split); without a new prototype the stored row is the positive, as it
-    is (skip), whatever the self-exclusion, gradient and head."""
+    """A usage chooses among the images that build (split). Without a new prototype (skip) the stored row is the positive, as
+    it is, whatever the self-exclusion, gradient and head."""
     wrong = compare([{**USUAL, **DISPUTED[name]}], 1, 16)
     assert not wrong, "\n".join(wrong)
 

@@ -220,3 +220,44 @@ def test_embedding_that_overflowed_is_not_stored():
     assert (memory.rows[0] == before).all() and not memory.filled[memory.slots.slot_of[6]]
     stats, grad = one_step(memory, [6, 6, 2], x[:3], step=2)
     assert memory.filled[memory.slots.slot_of[6]] and stats["loss"].isfinite() and grad.isfinite().all()
+
+
+def encoder_gradients(gradient: str) -> list:
+    """Gradient of a linear encoder under DDP in three steps on the same 12 images."""
+    torch.manual_seed(0)
+    images = torch.randn(len(LABELS), 5, dtype=torch.float64)
+    encoder = torch.nn.Linear(5, D).double()
+    rank, world = distributed.rank(), distributed.world_size()
+    model = distributed.data_parallel(encoder, torch.device("cpu"))
+    memory = PrototypeMemory(10, D, size=5, gradient=gradient, quality=Quality(D, estimator="norm")).double()
+    sizes = [12] if world == 1 else [7, 5] if world == 2 else [1, 8, 3]
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    out = []
+    for step in range(3):
+        labels = (torch.tensor(LABELS) + step) % 10
+        encoder.zero_grad()
+        part = MicroBatch(images[mine], labels[mine], sizes)
+        forward_backward([part], model, memory, HEADS["blocked"], build_margin("arcface", scale=8.0), step)
+        out += [encoder.weight.grad.numpy().copy(), encoder.bias.grad.numpy().copy()]
+    return out
+
+
+@pytest.mark.parametrize("gradient", ["none", "batch"])
+def test_encoder_gradient_is_that_of_one_process(gradient):
+    """The factor W of the gather and the mean of DDP cancel."""
+    alone = run_ranks(1, encoder_gradients, gradient)[0]
+    for world in (2, 3):
+        for ranks in run_ranks(world, encoder_gradients, gradient):
+            for got, want in zip(ranks, alone):
+                assert abs(got - want).max() <= 1e-9 * abs(want).max()
+
+
+def test_prototypes_of_another_encoder():
+    """`keys` make the prototypes and are scored; the images are compared with them; no gradient goes there."""
+    x, keys = embeddings().requires_grad_(), embeddings(seed=1).requires_grad_()
+    memory = PrototypeMemory(10, D, size=8, quality=Quality(D, estimator="norm")).double()
+    memory.begin_step(torch.tensor(LABELS), 0)
+    columns = memory.columns(torch.tensor(LABELS), x, keys)
+    expected = prototypes(keys.detach(), Quality(D, estimator="norm"))
+    assert max((memory.rows[memory.slots.slot_of[c]] - expected[c]).abs().max() for c in expected) < 1e-12
+    assert not columns.rows.requires_grad and columns.live is None
