@@ -178,13 +178,14 @@ def batches(case: dict, steps: int, seed: int = 0) -> list[dict]:
         identities = draw.sample(pool, min(count, len(pool)))
         labels = identities + [draw.choice(identities) for _ in range(B - len(identities))]
         draw.shuffle(labels)
+        opposite = step % 5 == 3 and len(identities) > 1
+        if opposite:  # two images of one identity, on different ranks
+            labels = [identities[0] if y == identities[1] else y for y in labels]
+            labels[4] = labels[9] = identities[1]
         x = centres[labels] + 0.8 * torch.randn(B, D, generator=g, dtype=torch.float64)
         x = x / x.norm(dim=1, keepdim=True) * torch.exp(torch.rand(B, 1, generator=g, dtype=torch.float64) * 3.9 + 1.1)
-        if step % 5 == 3:
-            pairs = [c for c in identities if labels.count(c) == 2]
-            for c in pairs[:1]:
-                first, second = (j for j, y in enumerate(labels) if y == c)
-                x[second] = -x[first]
+        if opposite:
+            x[9] = -x[4]
         external = (torch.rand(B, generator=g) * (torch.rand(B, generator=g) > 0.3)).float()
         copies = torch.randn(COPIES, D, generator=g, dtype=torch.float64)
         out.append(dict(x=x, labels=labels, external=external, copies=copies))

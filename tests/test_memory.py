@@ -113,7 +113,7 @@ def test_usages_where_few_images_build(name):
 
 
 def exhaustive(worlds=(1, 2, 3, 4), chunk: int = 24) -> None:
-    """policy x momentum x estimator x usage x gradient x self-exclusion in all worlds, with progress, and a summary at the end; takes hours on two cores."""
+    """policy x momentum x estimator x usage x gradient x self-exclusion in all worlds; prints progress and a summary."""
     cases, failures = product_cases(), []
     for world in worlds:
         begin = time.monotonic()

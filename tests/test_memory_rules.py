@@ -41,7 +41,8 @@ def equal_weights(x) -> dict[int, torch.Tensor]:
 
 def given(score_of, **options):
     """Prototypes with scores from outside."""
-    return prototypes(embeddings(), Quality(D, estimator="external", minimum=0.0, **options), external=torch.tensor(score_of))
+    quality = Quality(D, estimator="external", minimum=0.0, **options)
+    return prototypes(embeddings(), quality, external=torch.tensor(score_of))
 
 
 SCORES = [0.2, 0.9, 0.4, 0.7, 0.1, 0.3, 0.8, 0.05, 0.6, 0.5, 0.15, 1.0]
