@@ -23,6 +23,7 @@ BASE = (
     "data.sampler.name=mixed",
     "data.sampler.images_per_identity=4",
     "margin.m=0.2",
+    "optimizer.lr=0.002",  # harder driven, rounding grows to 4e-4 within 24 steps; see benchmarks/LOG.md
     "schedule.steps=24",
     "schedule.warmup_steps=3",
     "checkpoint.every=7",
@@ -103,7 +104,8 @@ def content(memory: PrototypeMemory) -> dict[str, np.ndarray]:
     world = distributed.world_size()
     rows = distributed.gather_rows(memory.rows, [memory.local] * world).view(world, memory.local, -1).transpose(0, 1)
     out = {"rows": rows.reshape(-1, rows.shape[-1])[: memory.size + 1], "filled": memory.filled[: memory.size + 1]}
-    out |= {k: getattr(memory.slots, k) for k in ("label", "seq", "written", "cursor", "clock", "time", "slot_of")}
+    out |= {k: getattr(memory.slots, k)[:-1] for k in ("label", "seq", "written", "slot_of")}  # without the spare place
+    out |= {k: getattr(memory.slots, k) for k in ("cursor", "clock", "time")}
     return {k: v.numpy().copy() for k, v in out.items()} | {"ui": memory.quality.ui.numpy().copy()}
 
 

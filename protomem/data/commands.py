@@ -218,16 +218,35 @@ def pairs(
     kinds: Annotated[
         str, typer.Option(help="With --synth, which sets, parted by commas.")
     ] = "clean,cross_pose,low_quality,look_alike",
-    count: Annotated[int, typer.Option(min=20, help="With --synth, pairs in each set, half of them genuine.")] = 2000,
+    patterns: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Pairs of these generated pictures: patterns:identities=2000,images=4,first=50000000,size=48. Give `first` "
+            "so that nobody is in the training set.",
+            show_default=False,
+        ),
+    ] = None,
+    count: Annotated[
+        int, typer.Option(min=20, help="With --synth or --patterns, pairs in each set, half of them genuine.")
+    ] = 2000,
     identities: Annotated[int, typer.Option(min=2, help="With --synth, number of people.")] = 200,
     first_identity: Annotated[int, typer.Option(min=0, help="With --synth, the first person.")] = 10_000_000,
     seed: Seed = 0,
 ) -> None:
-    """Make verification sets (.bin, the form of insightface) from a list and images, or rendered."""
+    """Make verification sets (.bin, the form of insightface) from a list and images, rendered, or of generated patterns."""
     from protomem.data.pairs import pairs_from_folder
 
-    if synth == (list_file is not None) or (list_file is None) != (images is None):
-        raise UserError("give either --list FILE with --images FOLDER, or --synth")
+    if synth + (list_file is not None) + (patterns is not None) != 1 or (list_file is None) != (images is None):
+        raise UserError("give either --list FILE with --images FOLDER, or --synth, or --patterns patterns:...")
+    if patterns is not None:
+        from protomem.data.patterns import write_pattern_pairs
+        from protomem.data.records import open_records
+
+        if not patterns.startswith("patterns:"):
+            raise UserError(f"--patterns {patterns}: write patterns:identities=2000,images=4,first=50000000,size=48")
+        genuine = write_pattern_pairs(output, open_records(patterns), count, seed)
+        typer.echo(f"{output}: {count:,} pairs, {genuine:,} of them genuine")
+        return
     if list_file is not None and images is not None:
         total, genuine = pairs_from_folder(images, list_file, output)
         typer.echo(f"{output}: {total:,} pairs, {genuine:,} of them genuine")

@@ -15,7 +15,8 @@ def open_records(path: str | os.PathLike, strict: bool = True):
     - a folder with train.rec, or a .rec file: insightface RecordIO (protomem.data.recordio.RecordIO)
     - a folder, a .tar file or a glob pattern of .tar files: webdataset shards (protomem.data.tars.TarRecords)
     - a folder of class folders: protomem.data.folders.FolderRecords
-    - "patterns:identities=1000,images=4,seed=1,size=112": generated (protomem.data.patterns.PatternRecords)
+    - "patterns:identities=1000,images=4,seed=1,size=112": generated (protomem.data.patterns.PatternRecords, which tells
+      what else can be asked for)
 
     Every reader has len(), label(i) -> int, bytes(i) -> encoded image as stored (perhaps corrupt or empty), labels
     (int64 [N]), num_classes, path, fingerprint (changes when the data change, not when they are copied), where(i) ->
@@ -60,14 +61,19 @@ def _open_patterns(text: str):
     from protomem.data.patterns import PatternRecords
 
     names = {"identities": "num_identities", "images": "images_per_identity", "seed": "seed", "size": "size"}
+    names |= {"tail": "tail", "first": "first", "hard": "hard"}
+    example = "patterns:identities=100000,images=4,seed=1"
     values = {}
     for part in text.removeprefix("patterns:").split(","):
         name, _, value = part.partition("=")
-        if name.strip() not in names or not value.strip().isdecimal():
+        name, value = name.strip(), value.strip()
+        if name not in names or not value.isdecimal():
             raise UserError(
-                f"'{text}': write patterns:identities=100000,images=4,seed=1 (whole numbers; '{part}' is not one)"
+                f"'{text}': write {example} (whole numbers of {', '.join(names)}; '{part}' is not one)"
             )
-        values[names[name.strip()]] = int(value)
+        if name in ("tail", "hard") and value not in ("0", "1"):
+            raise UserError(f"'{text}': {name} is 0 (off) or 1 (on)")
+        values[names[name]] = value == "1" if name in ("tail", "hard") else int(value)
     if not {"num_identities", "images_per_identity"} <= values.keys():
-        raise UserError(f"'{text}' must give identities and images, like patterns:identities=100000,images=4,seed=1")
+        raise UserError(f"'{text}' must give identities and images, like {example}")
     return PatternRecords(**values)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from protomem.data.faces.hashing import bits, key
+from protomem.data.faces.long_tail import images_per_person
 from protomem.data.faces.render import RENDERER, render_faces
 from protomem.data.faces.scene import ImageOptions
 from protomem.errors import UserError
@@ -114,23 +114,6 @@ def write_face_set(
         folder / "train.json", wanted, [folder / "train.rec", folder / "train.idx", folder / "property"], statistics
     )
     return statistics | {"cached": False}
-
-
-def images_per_person(identities: int, mean: int, long_tail: bool, seed: int) -> np.ndarray:
-    """int64 [identities]. Long tail: proportional to rank ** -0.7, at least 2, at most 20 times the mean, scaled to the
-    mean; half of the people then have half of the mean or less. Ranks are dealt to the identities at random."""
-    if not long_tail:
-        return np.full(identities, mean, np.int64)
-    falling = np.arange(1, identities + 1, dtype=np.float64) ** -0.7
-
-    def counts(first: float) -> np.ndarray:
-        return np.clip(np.floor(first * falling), 2, 20 * mean).astype(np.int64)
-
-    low, high = 0.0, 20.0 * mean * identities
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if counts(middle).mean() < mean else (low, middle)
-    return counts(high)[bits(key(seed, "long tail"), identities)[0].argsort(kind="stable").argsort(kind="stable")]
 
 
 def render_blocks(
