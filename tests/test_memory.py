@@ -68,7 +68,8 @@ def difference(case: dict, ranks: list[list[dict]], steps: int) -> str | None:
             if not np.abs(rows[s] - row).max() <= TOLERANCE:
                 return f"step {step}: row of slot {s} is {rows[s]}, expected {row}"
         grad = np.concatenate([one["grad"] for one in got])
-        if not np.abs(grad - want["grad"]).max() <= TOLERANCE * max(1e-2, np.abs(want["grad"]).max()):
+        # ArcFace near cos = 1 has a sine of 1e-3, which costs digits in either formula: hence the floor.
+        if not np.abs(grad - want["grad"]).max() <= TOLERANCE * max(0.1, np.abs(want["grad"]).max()):
             return f"step {step}: gradient differs by {np.abs(grad - want['grad']).max()} of {np.abs(want['grad']).max()}"
     return None
 
