@@ -105,7 +105,8 @@ class Slots(nn.Module):
         """The slots [count] to give away, first to go first; the first `wanted` of them are given away now."""
         if self.policy == "lru":
             busy = self.written[:-1] == self.time
-            return torch.where(busy, _LATEST, self.seq[:-1]).topk(count, largest=False).indices
+            seq, slot = torch.where(busy, _LATEST, self.seq[:-1]).topk(count, largest=False)
+            return torch.where(seq == _LATEST, self.num_slots, slot)
         place = torch.arange(count, device=self.label.device)
         candidate = (self.cursor + place) % self.num_slots  # at most count - wanted of them are refreshed in this step
         open_ = self.written[candidate] != self.time
