@@ -157,7 +157,8 @@ class Slots(nn.Module):
             to = torch.where(kept & (rank >= skip), rank - skip, -1)
         place = torch.where(to >= 0, to, m)
         self.label.fill_(EMPTY)
-        self.seq.copy_(torch.arange(-m, 1))
+        below = seq.amin().clamp_max(0) - 1  # fillers have negative numbers of their own
+        self.seq.copy_(torch.arange(-m, 1, device=label.device) + below)
         self.written.fill_(-1)
         for name, values in (("label", label), ("seq", seq), ("written", written)):
             getattr(self, name)[place] = values
