@@ -13,7 +13,7 @@ from protomem.prototypes.slots import FILLER
 from tests.memory_cases import USUAL, covering_array, product_cases, run_memory, run_reference
 from tests.ranks import run_ranks
 
-STEPS = {1: 16, 2: 10, 3: 7, 4: 7}  # by world size: several ranks on few cores mostly wait for each other
+STEPS = {1: 12, 2: 8, 3: 6, 4: 6}  # by world size: several ranks on few cores mostly wait for each other
 LONG = 200
 TOLERANCE = 1e-9
 LONG_CASES = [
@@ -91,7 +91,7 @@ def test_every_pair_of_options(world):
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_many_steps(world):
     """200 steps: the memory is overwritten about a hundred times."""
-    wrong = compare(LONG_CASES if world < 3 else LONG_CASES[world % 2 : world % 2 + 1], world, LONG)
+    wrong = compare(LONG_CASES[world % 2 :][:1], world, LONG)
     assert not wrong, "\n".join(wrong)
 
 
