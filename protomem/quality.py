@@ -115,31 +115,37 @@ class Quality(nn.Module):
         return torch.ones_like(norm)
 
     @torch.no_grad()
-    def weights(self, scores: torch.Tensor, group: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def weights(
+        self, scores: torch.Tensor, group: torch.Tensor, step: int, builds: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What each image counts in its identity's prototype.
 
-        scores [B]; group int64 [B]: number of each image's identity, 0..B-1. Returns weight [B] >= 0, not all zero in any
-        identity; fallen bool [B], per identity: all of its images were rejected and got equal weights, or only the best
-        counts; skip bool [B], per identity: rejected, and no prototype is to be made (`on_empty=skip`).
+        scores [B]; group int64 [B]: number of each image's identity, 0..B-1; builds bool [B]: which images a prototype may
+        be made of, None: all; the usage chooses among them. Returns weight [B] >= 0, not all zero in any identity; fallen
+        bool [B], per identity: all of its images were rejected and got equal weights, or only the best counts; skip bool
+        [B], per identity: rejected, and no prototype is to be made (`on_empty=skip`).
         """
         none = torch.zeros_like(group, dtype=torch.bool)
+        may = torch.ones_like(scores) if builds is None else builds.to(scores.dtype)
         if self.estimator == "equal" or step < self.warmup:
-            return torch.ones_like(scores), none, none
+            return may, none, none
+        ranked = torch.where(may > 0, scores, -1)  # whoever may not build comes last
         if self.usage == "soft":
             weight = scores.pow(self.power).clamp_min(self.minimum)
         elif self.usage == "topk":
-            weight = (ranks_in_group(scores, group) < self.keep).to(scores.dtype)
+            weight = (ranks_in_group(ranked, group) < self.keep).to(scores.dtype)
         else:
             limit = self.threshold
             if limit is None:
                 limit = scores.sort().values[min(int(self.quantile * len(scores)), len(scores) - 1)]
             weight = (scores >= limit).to(scores.dtype)
+        weight = weight * may
         total = torch.zeros_like(scores).index_add_(0, group, weight)
-        member = torch.zeros_like(scores).index_add_(0, group, torch.ones_like(scores))
-        fallen = (member > 0) & (total <= 1e-6)
-        other = torch.ones_like(weight)
+        members = torch.zeros_like(scores).index_add_(0, group, may)
+        fallen = (members > 0) & (total <= 1e-6)
+        other = may
         if self.usage == "hard" and self.on_empty == "best":
-            other = (ranks_in_group(scores, group) == 0).to(scores.dtype)
+            other = (ranks_in_group(ranked, group) == 0).to(scores.dtype)
         weight = torch.where(fallen[group], other, weight)
         return weight, fallen, fallen if self.usage == "hard" and self.on_empty == "skip" else none
 

@@ -139,20 +139,21 @@ class PrototypeMemory(nn.Module):
         """
         plan, made_of = self.plan, embeddings if keys is None else keys
         scores = self.quality.scores(made_of, self.external)
-        weight, fallen, skip = self.quality.weights(scores, plan.group, self.step)
         query = self.quality.loss_weights(scores, self.step)
+        builds = None
         if self.self_exclusion == "split":
             count = torch.zeros_like(scores).index_add_(0, plan.group, torch.ones_like(scores))[plan.group]
             builds = ranks_in_group(torch.zeros_like(scores), plan.group) < (count + 1) // 2
-            total = torch.zeros_like(scores).index_add_(0, plan.group, weight * builds)[plan.group]
-            weight = torch.where(total > TINY, weight, 1) * builds
             query = ~builds * (1 if query is None else query)
+        weight, fallen, skip = self.quality.weights(scores, plan.group, self.step, builds)
         with torch.set_grad_enabled(self.gradient_mode == "batch" and torch.is_grad_enabled()):
             source = made_of if self.gradient_mode == "batch" else made_of.detach()
             p, own = generate(source, weight, plan.group, self.average, self.self_exclusion == "loo")
             row = self._local(torch.where(plan.identity >= 0, plan.slot, self.size))
             old = self.store[row].to(p.dtype) if self.momentum or observe else None
             mixed = self._refresh(p, old, plan)
+        # An embedding that overflowed must not stay in the memory for a whole revolution.
+        skip = skip | ~mixed.detach().isfinite().all(1)
         self._write(mixed.detach(), plan, row, skip)
         if observe:
             self._observe(embeddings, scores, p.detach(), old, row, fallen)
@@ -160,6 +161,8 @@ class PrototypeMemory(nn.Module):
         target = torch.where(filled, row[plan.group], self.local)
         if self.self_exclusion == "split" or self.quality.loss_weight or self.quality.on_empty == "skip":
             query = filled.to(scores.dtype) * (1 if query is None else query)
+        if own is not None and self.quality.on_empty == "skip":  # what was not made anew is classified against as it is stored
+            own = torch.where(skip[plan.group, None], self.store[row[plan.group]].to(own.dtype), own)
         self.nearest = Nearest() if observe or self.look_alikes else None
         return Columns(
             self.rows,
@@ -168,7 +171,7 @@ class PrototypeMemory(nn.Module):
             unit=self.store.dtype != torch.bfloat16,  # rounding to bf16 leaves a row up to 0.4 % off the sphere
             valid=self.filled[:-1].view(self.local, self.world)[:, self.rank],
             own=own,
-            live=Live(mixed, torch.where(row < self.local, row, -1)) if mixed.requires_grad else None,
+            live=Live(mixed, torch.where((row < self.local) & ~skip, row, -1)) if mixed.requires_grad else None,
             weight=query,
             nearest=self.nearest,
         )
@@ -190,8 +193,6 @@ class PrototypeMemory(nn.Module):
         return torch.where(use, F.normalize(mixed, dim=1), p)
 
     def _write(self, p: torch.Tensor, plan: Plan, row: torch.Tensor, skip: torch.Tensor) -> None:
-        # An embedding that overflowed must not stay in the memory for a whole revolution.
-        skip = skip | ~p.isfinite().all(1)
         self.store[torch.where(skip, self.local, row)] = p.to(self.store.dtype)
         flag = self._flag(plan.slot)
         self.filled[flag] = torch.where(plan.new, ~skip, self.filled[flag] | ~skip)
