@@ -48,8 +48,9 @@ class MixedSampler(IdentitySampler):
     ever. The order inside a batch is shuffled, so no rank gets more of the refreshed ones than another.
 
     slots: a fresh `Slots` on the CPU with size and policy of the memory, used by nobody else; refresh, pick: defaults are
-    ours; lag: for `look_alike`, see there. A batch depends on those before it, so they are drawn in order, by one thread;
-    the last `HISTORY` can be asked for again. `state` and `restore` may be called from another one.
+    ours; lag: for `look_alike`, more than the loader reads ahead (2 * data.prefetch batches; one less with DALI). A batch
+    depends on those before it, so they are drawn in order, by one thread; the last `HISTORY` can be asked for again.
+    `state` and `restore` may be called from another one.
 
     Raises UserError for K = 1, P beyond the identities or the slots, a refresh that leaves no room for others, and labels
     outside of the slots' range; ValueError for an unknown pick.
