@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from protomem import config
 from protomem.data.look_alikes import LookAlikes
 from protomem.data.memory_samplers import HISTORY, PICKS, GroupSampler, MixedSampler
-from protomem.data.sampler import BalancedSampler, ShuffledSampler
+from protomem.data.sampler import BalancedSampler, ShuffledSampler, permute
 from protomem.distributed import batch_bounds
 from protomem.errors import UserError
 from protomem.prototypes.slots import Slots
+from protomem.seeds import hash64
+from protomem.trainer import Run
 
 LAG = 7
 
@@ -149,6 +153,21 @@ def test_ranks_share_no_identity(make, world):
         assert sum(map(len, sets)) == len(set.union(*sets)) == 16
 
 
+@pytest.mark.parametrize(
+    "p, world, accumulate, words",
+    [
+        (3, 4, 1, "batch_size=12 has only 3 identities of 4 images for 4 ranks; raise it, or start fewer ranks"),
+        (3, 2, 5, "batch_size=12 leaves a rank 4 rows, too few for 5 micro-batches; raise it, or lower train.accumulate"),
+    ],
+)
+def test_a_rank_without_rows_is_refused_before_training(p, world, accumulate, words):
+    run = Run.__new__(Run)
+    run.sampler, run.context = BalancedSampler(np.arange(80) // 8, p, 4, 0), SimpleNamespace(world_size=world)
+    run.config = config.load([], ["output=x", "data.train=x", "train.batch_size=12", f"train.accumulate={accumulate}"])
+    with pytest.raises(UserError, match=words):
+        run._plan()
+
+
 def test_shuffled_batches_may_be_cut_anywhere():
     assert ShuffledSampler(20, 5, 0).together == 1
 
@@ -187,7 +206,8 @@ class StrictOldest(MixedSampler):
 def refreshed_equally(cls, policy, pick="random", refresh=0.25):
     """(chi-square of refreshes per identity over its degrees of freedom, residence of the evicted x n_new / M)."""
     labels, m, p = data(400), 64, 16
-    sampler, replay = mixed(labels, p, 2, m, policy=policy, cls=cls, refresh=refresh, pick=pick), Replay(labels, p, m, policy)
+    sampler = mixed(labels, p, 2, m, policy=policy, cls=cls, refresh=refresh, pick=pick)
+    replay = Replay(labels, p, m, policy)
     for positions in steps(sampler, 1200):
         replay.step(positions)
     counts = np.array([replay.refreshed[label] for label in np.unique(labels)])
@@ -243,6 +263,24 @@ def test_refreshed_identities_stand_anywhere_in_the_batch():
     assert ((at - at.mean()) ** 2 / at.mean()).sum() < 40  # 15 degrees of freedom: p < 5e-4
 
 
+@pytest.mark.parametrize("refresh", [0.0, 0.25])
+def test_the_others_are_the_next_in_line_outside_of_the_memory(refresh):
+    labels, place, window = data(150), 0, 8 * 16
+    sampler, slots, names = mixed(labels, m=64, refresh=refresh), Slots(64, int(labels.max()) + 1), np.unique(labels)
+    for t, positions in enumerate(steps(sampler, 150)):
+        batch, wanted = set(labels[positions].tolist()), 16 - (round(refresh * 16) if t else 0)
+        line = [int(names[permute(i % 150, 150, hash64(5, 4, i // 150))[0]]) for i in range(place, place + window)]
+        expected = []
+        for i, label in enumerate(line):
+            if slots.slot_of[label] < 0 and label not in expected and len(expected) < wanted:
+                expected.append(label)
+                after = place + i + 1
+        assert len(expected) == wanted and {x for x in batch if slots.slot_of[x] < 0} == set(expected)
+        place = after
+        slots.plan(torch.from_numpy(labels[positions]))
+    assert sampler.state(150)[0] == {"place": place} and place > 150 * 14
+
+
 @pytest.mark.parametrize("pick, policy", [("random", "ring"), ("random_old", "lru")])
 @pytest.mark.parametrize("identities, m", [(64, 64), (64, 500), (70, 64), (17, 17)])
 def test_a_memory_as_large_as_the_data_visits_all_equally(identities, m, pick, policy):
@@ -279,7 +317,7 @@ def test_recent_steps_can_be_asked_again_and_others_not():
     again[-1][:] = 0  # what a caller does with its batch is its own affair
     assert np.array_equal(steps(sampler, 1, HISTORY + 4)[0], first[-1])
     for t in (0, 4, HISTORY + 6):
-        with pytest.raises(RuntimeError, match=f"step {t} is neither the next, {HISTORY + 5}, nor one of the last {HISTORY}"):
+        with pytest.raises(RuntimeError, match=f"{t} is neither the next, {HISTORY + 5}, nor one of the last {HISTORY}"):
             steps(sampler, 1, t)
     with pytest.raises(RuntimeError, match="step 4 is neither"):
         sampler.state(4)
@@ -428,7 +466,7 @@ def test_the_sampler_waits_for_the_trainer_but_not_for_ever(monkeypatch):
 
 
 @given(
-    tells=st.lists(st.lists(st.tuples(st.integers(0, 9), st.integers(-1, 9)), min_size=4, max_size=4), min_size=1, max_size=30),
+    tells=st.lists(st.lists(st.tuples(st.integers(0, 9), st.integers(-1, 9)), min_size=4, max_size=4), min_size=1),
     lag=st.integers(1, 6),
     data=st.data(),
 )
@@ -459,6 +497,18 @@ def test_the_table_of_any_recent_step_can_be_had(tells, lag, data):
     if told < len(tells):
         with pytest.raises(RuntimeError, match=f"step {told} told no look-alikes"):
             alike.state(told + 1)
+
+
+def test_a_shorter_lag_after_restoring_can_be_undone():
+    pairs = [[(0, 1)], [(0, 2)], [(0, 3)]]
+    long, short = LookAlikes(5, 4, 20), LookAlikes(5, 1, 20)
+    for t in range(3):
+        long.advance(t)
+        long.tell(t, lambda t=t: tuple(np.array(pairs[t]).T))
+    short.restore(3, long.state(3))
+    short.advance(3)  # applies all three at once
+    assert short.table[0] == 3
+    assert all(torch.equal(a, b) for a, b in zip(short.state(3).values(), long.state(3).values()))
 
 
 # --- groups --------------------------------------------------------------------------------------------------------------

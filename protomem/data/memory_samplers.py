@@ -48,8 +48,9 @@ class MixedSampler(IdentitySampler):
     ever. The order inside a batch is shuffled, so no rank gets more of the refreshed ones than another.
 
     slots: a fresh `Slots` on the CPU with size and policy of the memory, used by nobody else; refresh, pick: defaults are
-    ours; lag: for `look_alike`, see there. A batch depends on those before it, so they are drawn in order, by one thread;
-    the last `HISTORY` can be asked for again. `state` and `restore` may be called from another one.
+    ours; lag: for `look_alike`, more than the loader reads ahead (2 * data.prefetch batches; one less with DALI). A batch
+    depends on those before it, so they are drawn in order, by one thread; the last `HISTORY` can be asked for again.
+    `state` and `restore` may be called from another one.
 
     Raises UserError for K = 1, P beyond the identities or the slots, a refresh that leaves no room for others, and labels
     outside of the slots' range; ValueError for an unknown pick.
@@ -118,12 +119,11 @@ class MixedSampler(IdentitySampler):
         p = self.identities_per_batch
         if len(self._occupied) < self._slots.num_slots:  # a full memory stays full
             self._occupied = np.flatnonzero(self._label >= 0)
-        again = min(self._from_memory, len(self._occupied))
-        labels = self._in_line(p - again, self.identities[:0])
+        again = self._from_memory if len(self._occupied) >= p else 0  # any step leaves P in it: enough besides those in line
+        labels = self._in_line(p - again)
         if self._alike:
             labels = np.concatenate([labels, self._look_alikes(labels, again)])
         labels = np.concatenate([labels, self._random(p - len(labels), labels, t)])
-        labels = np.concatenate([labels, self._in_line(p - len(labels), labels)])  # where the memory has too few others
         labels = labels[permute(np.arange(p), p, hash64(self.seed, _SHUFFLE, t))]
         return self._positions(labels, t)
 
@@ -131,16 +131,13 @@ class MixedSampler(IdentitySampler):
         self._slots.plan(torch.from_numpy(labels))  # as the whole batch would be: how often a label occurs does not matter
         return self.images(np.searchsorted(self.identities, labels), visit)
 
-    def _in_line(self, wanted: int, taken: np.ndarray) -> np.ndarray:
-        """The next `wanted` labels in line that are not `taken`, outside of the memory if the window has enough."""
-        if wanted == 0:
-            return self.identities[:0]
+    def _in_line(self, wanted: int) -> np.ndarray:
+        """The next `wanted` labels in line, outside of the memory if the window has enough of them."""
         r = len(self.identities)
         places = self._place + np.arange(_WINDOW * self.identities_per_batch)  # always holds P distinct identities
         labels = self.identities[permute(places % r, r, hash64(self.seed, _LINE, places // r))]
         possible = np.zeros(len(labels), bool)
         possible[np.unique(labels, return_index=True)[1]] = True  # the window may reach into the next round
-        possible &= ~np.isin(labels, taken)
         outside = possible & (self._slot_of[labels] < 0)
         chosen = np.flatnonzero(outside if outside.sum() >= wanted else possible)[:wanted]
         self._place += int(chosen[-1]) + 1
@@ -154,7 +151,7 @@ class MixedSampler(IdentitySampler):
         return nearest[np.sort(np.unique(nearest, return_index=True)[1])][:wanted]
 
     def _random(self, wanted: int, taken: np.ndarray, t: int) -> np.ndarray:
-        """Up to `wanted` labels out of the memory that are not `taken`, by slot, so that no order of labels matters."""
+        """`wanted` labels out of the memory that are not `taken`, by slot, so that no order of labels matters."""
         if wanted == 0:
             return taken[:0]
         slots, enough = self._occupied, min(len(self._occupied), wanted + len(taken))
