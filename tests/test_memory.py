@@ -95,7 +95,7 @@ def test_many_steps(world):
     assert not wrong, "\n".join(wrong)
 
 
-DISPUTED = {
+BUILDERS = {
     "split_topk": dict(estimator="norm", usage="topk", self_exclusion="split"),
     "split_best": dict(estimator="external", usage="threshold_best", self_exclusion="split"),
     "split_skip": dict(estimator="norm", usage="quantile_skip", self_exclusion="split"),
@@ -105,33 +105,34 @@ DISPUTED = {
 }
 
 
-@pytest.mark.parametrize("name", list(DISPUTED))
+@pytest.mark.parametrize("name", list(BUILDERS))
 def test_usages_where_few_images_build(name):
     """A usage chooses among the images that build (split). Without a new prototype (skip) the stored row is the positive, as
     it is, whatever the self-exclusion, gradient and head."""
-    wrong = compare([{**USUAL, **DISPUTED[name]}], 1, 16)
+    wrong = compare([{**USUAL, **BUILDERS[name]}], 1, 16)
     assert not wrong, "\n".join(wrong)
 
 
-def exhaustive(worlds=(1, 2, 3, 4), chunk: int = 24) -> None:
-    """policy x momentum x estimator x usage x gradient x self-exclusion in all worlds; prints progress and a summary."""
-    cases, failures = product_cases(), []
+def compare_all(cases: list[dict], worlds: tuple[int, ...], steps: int, chunk: int = 12) -> None:
+    """All cases at all world sizes; prints progress and a summary, and exits with 1 if any differs."""
+    failures = []
     for world in worlds:
         begin = time.monotonic()
         for start in range(0, len(cases), chunk):
             part = cases[start : start + chunk]
-            failures += [f"{world} ranks, {text}" for text in compare(part, world, 8, timeout=1200)]
+            failures += [f"{world} ranks, {text}" for text in compare(part, world, steps, timeout=1200)]
             done = start + len(part)
             each = (time.monotonic() - begin) / done
             print(f"{world} ranks: {done}/{len(cases)}  {each:.2f} s each  {len(failures)} differ", flush=True)
             _expected.cache_clear()
-    print("\n".join([f"{len(failures)} of {len(cases) * len(worlds)} runs differ", *failures]))
+    print("\n".join([f"{len(failures)} of {len(cases) * len(worlds)} runs of {steps} steps differ", *failures]))
     sys.exit(bool(failures))
 
 
+# By hand, since it takes up to an hour:  python -m tests.test_memory pairs|product STEPS [WORLD ...]
+#   pairs: the covering array; product: policy x momentum x estimator x usage x gradient x self-exclusion
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["--exhaustive"]:
-        sys.exit("python -m tests.test_memory --exhaustive [WORLD ...]")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
-    exhaustive(tuple(int(w) for w in sys.argv[2:]) or (1, 2, 3, 4))
+    chosen = {"pairs": covering_array, "product": product_cases}[sys.argv[1]]()
+    compare_all(chosen, tuple(int(w) for w in sys.argv[3:]) or (1, 2, 3, 4), int(sys.argv[2]))

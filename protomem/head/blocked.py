@@ -30,7 +30,7 @@ def block_rows(batch: int) -> int:
 def _exp(t: torch.Tensor) -> torch.Tensor:
     """exp in place. On CPUs numbers below -87 (hidden columns above all) take a path that is 60 to 400 times slower, so they
     count as e^-87 = 1.6e-38, which adds nothing to a sum that holds e^0."""
-    return (t.clamp_min_(-87.0) if t.device.type == "cpu" else t).exp_()
+    return (t.clamp_min_(-87.0) if t.device.type == "cpu" and t.dtype == torch.float32 else t).exp_()
 
 
 class _Pool:
@@ -66,12 +66,11 @@ class _Head(torch.autograd.Function):
     def forward(ctx, x, own, live, columns: Columns, scale, negatives: Negatives | None, operands, block, store, keep):
         rows, (b, c) = columns.rows, (len(x), len(columns.rows))
         owned = (columns.target >= 0)[:, None]
+        mine = rows[columns.target.clamp_min(0)].to(x.dtype) * owned if c else torch.zeros_like(x)  # [B, D]
+        if not columns.unit:
+            mine = mine * inverse_norm(mine)[:, None]
         if own is not None:
-            mine = own * owned
-        else:
-            mine = rows[columns.target.clamp_min(0)].to(x.dtype) * owned if c else torch.zeros_like(x)  # [B, D]
-            if not columns.unit:
-                mine = mine * inverse_norm(mine)[:, None]
+            mine = torch.where(columns.uses_own[:, None], own * owned, mine)
         cos_y = distributed.all_reduce((x * mine).sum(1), "sum")
         inverse = torch.ones(c, dtype=x.dtype, device=x.device)
         kept_blocks = min(-(-c // block), store // max(1, b * block * x.element_size())) if keep else 0
@@ -160,15 +159,16 @@ class _Head(torch.autograd.Function):
                 if not columns.unit:
                     along = z.mul_(p).sum(0).mul_(inverse[start:stop]).div_(-scale)
                     grad.addcmul_(w, along[:, None])
-        d_own = x * (g_cos * (columns.target >= 0))[:, None] if ctx.has_own else None
-        d_live = None
+        d_own, d_live, g_row = None, None, g_cos  # g_row: what reaches the target rows
+        if ctx.has_own:
+            d_own = x * (g_cos * ((columns.target >= 0) & columns.uses_own))[:, None]
+            g_row = g_cos * ~columns.uses_own
         if place is not None:
-            if not ctx.has_own:
-                seen_live += ((columns.target[:, None] == place) & (place >= 0)) * g_cos[:, None]
+            seen_live += ((columns.target[:, None] == place) & (place >= 0)) * g_row[:, None]
             d_live = seen_live.t() @ x
         if sink is not None:
-            if c and not ctx.has_own:
-                tangent = (x if columns.unit else x - cos_y[:, None] * mine) * g_cos[:, None]
+            if c:
+                tangent = (x if columns.unit else x - cos_y[:, None] * mine) * g_row[:, None]
                 row = columns.target.clamp_min(0)
                 share = (columns.target >= 0).to(x.dtype) * inverse[row]
                 sink.buffer.index_add_(0, row, (tangent * share[:, None]).to(sink.buffer.dtype))

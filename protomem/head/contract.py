@@ -79,6 +79,7 @@ class Columns:
     valid  [C]    False for rows that hold nothing (empty memory slots); None: all valid
     own    [B, D] unit prototypes that cos_y is taken with instead of the target rows, with a graph or without; the
                   target rows stay hidden from the negatives. The owner of the target counts. None: the target rows
+    uses_own [B]  bool: which samples; the others' positive is their target row. Goes with `own`
     live          rows with a graph, see there (needs `unit`); their gradient flows through it, not into the sink
     weight [B]    of each sample in the mean loss, for the step; the head does not look at it. None: equal
     nearest       where to put the hardest negatives; None: not wanted
@@ -90,6 +91,7 @@ class Columns:
     unit: bool = False
     valid: torch.Tensor | None = None
     own: torch.Tensor | None = None
+    uses_own: torch.Tensor | None = None
     live: Live | None = None
     weight: torch.Tensor | None = None
     nearest: Nearest | None = None

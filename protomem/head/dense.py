@@ -54,7 +54,9 @@ def dense_head(x: torch.Tensor, columns: Columns, scale: float, negatives: Negat
     owned = columns.target >= 0
     is_target = torch.zeros(cos.shape, dtype=torch.bool, device=cos.device)
     is_target[owned.nonzero().squeeze(1), columns.target[owned]] = True
-    own = cos.masked_fill(~is_target, 0).sum(1) if columns.own is None else (x * columns.own).sum(1) * owned
+    own = cos.masked_fill(~is_target, 0).sum(1)
+    if columns.own is not None:
+        own = torch.where(columns.uses_own, (x * columns.own).sum(1) * owned, own)
     cos_y = _SumOverRanks.apply(own)
     hidden = is_target if columns.valid is None else is_target | ~columns.valid
     if columns.nearest is not None:

@@ -161,8 +161,6 @@ class PrototypeMemory(nn.Module):
         target = torch.where(filled, row[plan.group], self.local)
         if self.self_exclusion == "split" or self.quality.loss_weight or self.quality.on_empty == "skip":
             query = filled.to(scores.dtype) * (1 if query is None else query)
-        if own is not None and self.quality.on_empty == "skip":  # what was not made anew is classified against as it is stored
-            own = torch.where(skip[plan.group, None], self.store[row[plan.group]].to(own.dtype), own)
         self.nearest = Nearest() if observe or self.look_alikes else None
         return Columns(
             self.rows,
@@ -171,6 +169,7 @@ class PrototypeMemory(nn.Module):
             unit=self.store.dtype != torch.bfloat16,  # rounding to bf16 leaves a row up to 0.4 % off the sphere
             valid=self.filled[:-1].view(self.local, self.world)[:, self.rank],
             own=own,
+            uses_own=None if own is None else ~skip[plan.group],  # what was not made anew is the positive as it is stored
             live=Live(mixed, torch.where((row < self.local) & ~skip, row, -1)) if mixed.requires_grad else None,
             weight=query,
             nearest=self.nearest,

@@ -137,7 +137,8 @@ class Slots(nn.Module):
         """A 0-d int64 hash of the replicated state, to compare ranks with."""
         weight = torch.arange(1, len(self.label) * 2, 2, device=self.label.device) * (mix(1) | 1)
         mixed = (self.label * (mix(2) | 1)) ^ (self.seq * (mix(3) | 1)) ^ (self.written * (mix(4) | 1))
-        return (mixed[:-1] * weight[:-1]).sum() ^ self.cursor ^ (self.clock << 20) ^ (self.time << 40)
+        counts = (self.cursor * (mix(5) | 1)) ^ (self.clock * (mix(6) | 1)) ^ (self.time * (mix(7) | 1))
+        return (mixed[:-1] * weight[:-1]).sum() ^ counts
 
     def adopt(self, label: torch.Tensor, seq: torch.Tensor, written: torch.Tensor, cursor, clock, time) -> torch.Tensor:
         """Take over the state of a memory of another (or this) size: label, seq, written [M_old].
