@@ -51,7 +51,7 @@ def slots_from(config: DictConfig, num_identities: int) -> int:
     """Slots of the prototype memory: no more than there are identities, since the others could never be filled."""
     size = config.prototypes.memory.size
     if size > num_identities and distributed.rank() == 0:
-        log.warning("prototypes.memory.size=%d: the data have %d identities, so many slots are used", size, num_identities)
+        log.warning("prototypes.memory.size=%d, but the data have %d identities: no more slots are made", size, num_identities)
     return min(size, num_identities)
 
 

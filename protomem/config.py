@@ -107,18 +107,24 @@ def check_memory(config: DictConfig) -> None:
     """The combinations that make no sense with a prototype memory, each refused with its reason."""
     s, m, q = config.data.sampler, config.prototypes.memory, config.quality
     identities = config.train.batch_size // s.images_per_identity
-    for key, value in (("momentum", m.momentum), ("key_encoder", m.key_encoder)):
-        if value >= 1:
-            raise UserError(f"prototypes.memory.{key}={value} is not in [0, 1): nothing new would ever enter")
+    builders = (s.images_per_identity + (m.self_exclusion == "split")) // (2 if m.self_exclusion == "split" else 1)
+    if m.momentum >= 1:
+        raise UserError(f"prototypes.memory.momentum={m.momentum} is not in [0, 1): nothing new would ever enter")
     for wrong, message in (
         (s.name == "shuffled", "data.sampler.name=shuffled leaves most identities a single image, which would be their whole "
          "prototype; use mixed, group or balanced"),
         (s.images_per_identity < 2, "data.sampler.images_per_identity=1: the prototype would be the image itself; use 2 or more"),
         (config.train.accumulate > 1, f"train.accumulate={config.train.accumulate}: prototypes are made of the whole batch, so "
          "it cannot be cut; use 1"),
-        (m.size < identities, f"prototypes.memory.size={m.size} is less than the {identities} identities of a batch"),
+        (m.size < identities, f"prototypes.memory.size={m.size} is less than the {identities} identities of a batch; use "
+         f"{8 * identities} or more"),
         (s.name == "group" and s.group_size > m.size, f"data.sampler.group_size={s.group_size} is more than "
          f"prototypes.memory.size={m.size}: a group would evict itself"),
+        (m.gradient == "sgd" and m.self_exclusion == "loo", "prototypes.memory.gradient=sgd with self_exclusion=loo would only push "
+         "stored rows away: their positives are made without them; use none or split"),
+        (m.fill == "prefill" and s.name != "mixed", f"prototypes.memory.fill=prefill needs data.sampler.name=mixed, not {s.name}"),
+        (s.name == "mixed" and config.data.prefetch > 100, f"data.prefetch={config.data.prefetch} is more than the mixed sampler "
+         "can look back on; use 100 or less"),
         (m.gradient != "none" and m.storage == "bf16", f"prototypes.memory.gradient={m.gradient} needs storage=fp32: bf16 rows "
          "lose small steps"),
         (m.gradient == "batch" and m.key_encoder > 0, "prototypes.memory.gradient=batch: the averaged encoder of "
@@ -127,9 +133,14 @@ def check_memory(config: DictConfig) -> None:
          f"prototypes.memory.gradient={m.gradient} do not learn; remove it"),
         (config.optimizer.head.weight_decay is not None, "optimizer.head.weight_decay has no effect on a prototype memory"),
         (q.loss_weight > 0 and q.estimator == "equal", "quality.loss_weight needs a quality.estimator other than equal"),
+        (q.estimator != "equal" and q.warmup >= 1, f"quality.warmup={q.warmup}: the quality would never count; lower it"),
+        (q.usage == "hard" and q.threshold is None and q.quantile == 0, "quality.quantile=0 rejects nobody; raise it, or set "
+         "quality.threshold"),
         (q.threshold is not None and q.quantile != 0.1, "quality.threshold and quality.quantile are both set; keep one"),
-        (q.usage == "topk" and q.keep >= s.images_per_identity, f"quality.keep={q.keep} keeps all of "
-         f"data.sampler.images_per_identity={s.images_per_identity}; lower it"),
+        (q.usage == "topk" and q.keep >= builders, f"quality.keep={q.keep} keeps all of the {builders} images that make a "
+         "prototype; lower it"),
+        (q.threshold is not None and q.threshold > 1 and q.estimator != "external", f"quality.threshold={q.threshold} rejects "
+         f"everything: scores of quality.estimator={q.estimator} are between 0 and 1"),
     ):
         if wrong:
             raise UserError(message)
@@ -138,8 +149,10 @@ def check_memory(config: DictConfig) -> None:
             raise UserError(f"quality.{key}={value} is not in [0, 1)")
     if q.estimator == "recognizability":
         u = q.unrecognizable
-        if (u.source == "external") != (u.path is not None):
-            raise UserError("quality.unrecognizable.path goes with quality.unrecognizable.source=external, and only with it")
+        if u.source == "external" and u.path is None:
+            raise UserError("quality.unrecognizable.source=external needs quality.unrecognizable.path, a set of such images")
+        if u.source != "external" and u.path is not None:
+            raise UserError(f"quality.unrecognizable.path has no effect with source={u.source}; set source=external")
         if u.source == "low_norm" and u.images != 16:
             raise UserError("quality.unrecognizable.images has no effect with source=low_norm; remove it")
 

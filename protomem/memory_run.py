@@ -22,6 +22,7 @@ from protomem.seeds import mix
 from protomem.step import Extras
 
 log = logging.getLogger(__name__)
+MOST_IMAGES = 10_000  # of a set of unrecognizable ones, that are kept on the device (our default: 380 MB at 112 pixels)
 
 
 class FillSampler:
@@ -53,7 +54,7 @@ class MemoryRun:
         q, decay = config.quality, config.prototypes.memory.key_encoder
         self.key_encoder = EmaEncoder(encoder, decay) if decay else None
         self.column = self._column(q.column) if q.estimator == "external" else None
-        self.extras = Extras(key_encoder=self.key_encoder)
+        self.extras = Extras(encoder=encoder, key_encoder=self.key_encoder)
         self.step = 0
         if memory.quality.wants_copies:
             self.extras.total = q.unrecognizable.images
@@ -65,11 +66,19 @@ class MemoryRun:
 
     def _column(self, name: str) -> torch.Tensor:
         values = torch.from_numpy(np.asarray(self.records.column(name), np.float32))
-        if len(values) != len(self.records):
-            raise UserError(f"quality.column={name} has {len(values)} numbers for {len(self.records)} records; make it again")
-        if not values.isfinite().all():
-            first = int((~values.isfinite()).nonzero()[0])
-            raise UserError(f"quality.column={name}: record {first} has no finite number; make it again")
+        wrong = ~values.isfinite() | (values < 0)
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
+            raise UserError(
+                f"quality.column={name}: record {first} has {values[first]:g}, but a quality is finite and not negative; shift or "
+                "scale the numbers"
+            )
+        q = self.config.quality
+        if q.usage == "soft" and float(np.quantile(values.numpy(), 0.9)) ** q.power <= q.minimum:
+            raise UserError(
+                f"quality.column={name}: nine tenths of the numbers weigh less than quality.minimum={q.minimum}, which makes "
+                "them all equal; scale the numbers, or lower it"
+            )
         return values
 
     def numbers(self, index: torch.Tensor) -> torch.Tensor | None:
@@ -88,9 +97,14 @@ class MemoryRun:
 
     def _copies_from_a_set(self):
         c, total = self.config, self.extras.total
-        records = open_records(c.quality.unrecognizable.path)
-        encoded = [records.bytes(i) for i in range(len(records))]
-        images = torch.cat(list(eval_batches(encoded, 128, c.data.loader, size=c.data.size))).to(self.device)
+        path = c.quality.unrecognizable.path
+        distributed.main_first(lambda: open_records(path))
+        records = open_records(path)
+        encoded = [records.bytes(i) for i in range(min(len(records), MOST_IMAGES))]
+        try:
+            images = torch.cat(list(eval_batches(encoded, 128, c.data.loader, size=c.data.size))).to(self.device)
+        except UserError as error:
+            raise UserError(f"quality.unrecognizable.path={path}: {error}") from None
         first, last = distributed.batch_bounds(total, distributed.rank(), distributed.world_size())
 
         def copies(_: torch.Tensor) -> torch.Tensor:
@@ -122,16 +136,17 @@ class MemoryRun:
                 f"by step {self.step + 1} a batch held more identities than prototypes.memory.size={self.memory.size}; enlarge it"
             )
 
-    def fill(self, make_loader, to_parts, enqueue) -> int:
-        """prototypes.memory.fill=prefill: make prototypes of as many identities as there are slots, learning nothing.
+    def fill(self, make_loader, enqueue) -> int:
+        """prototypes.memory.fill=prefill: make prototypes of as many identities as there are slots, before the first step.
+        No weight changes; BatchNorms do see the images.
 
-        make_loader(sampler) -> loader; to_parts(batch) -> micro-batch; enqueue(part). Returns the number of steps."""
+        make_loader(sampler) -> loader; enqueue(batch, step). Returns the number of steps."""
         batches = FillSampler(self.sampler.prefill_batches(), self.sampler.together)
         loader = make_loader(batches)
         try:
             for step, batch in enumerate(loader.epoch(0)):
                 self.step = -1 - step  # other copies than any step of training makes
-                enqueue(to_parts(batch))
+                enqueue(batch, step)
         finally:
             loader.close()
         return batches.steps_per_epoch

@@ -84,7 +84,8 @@ class Quality(nn.Module):
 
     def _average(self, mean: torch.Tensor) -> None:
         seen = (self.ui != 0).any()
-        self.ui.copy_(torch.where(seen, self.decay * self.ui + (1 - self.decay) * mean, mean))
+        new = torch.where(seen, self.decay * self.ui + (1 - self.decay) * mean, mean)
+        self.ui.copy_(torch.where(mean.isfinite().all(), new, self.ui))  # a step that overflowed must not stay in it
 
     @torch.no_grad()
     def scores(self, embeddings: torch.Tensor, external: torch.Tensor | None = None) -> torch.Tensor:
@@ -104,7 +105,8 @@ class Quality(nn.Module):
         if self.estimator == "zscore":
             fresh = self.norm_std == 0
             for running, value in ((self.norm_mean, norm.mean()), (self.norm_std, norm.std())):
-                running.copy_(torch.where(fresh, value, running + PACE * (value - running)))
+                new = torch.where(fresh, value, running + PACE * (value - running))
+                running.copy_(torch.where(norm.isfinite().all(), new, running))
             return torch.sigmoid(SLOPE * (norm - self.norm_mean) / (self.norm_std + 1e-3))
         if self.estimator == "recognizability":
             unit = F.normalize(embeddings.detach(), dim=1)

@@ -39,12 +39,14 @@ class MicroBatch:
 class Extras:
     """What prototypes of a memory may want beside the batch's own embeddings; see protomem/prototypes/memory.py.
 
-    copies: images [b, ...] -> images [m, ...] of nobody, encoded with the batch (their embeddings show what is
-    unrecognizable), of which all ranks together have `total`. key_encoder: makes the prototypes in the encoder's place.
+    copies: images [b, ...] -> images [m, ...] of nobody, whose embeddings show what is unrecognizable; all ranks together
+    have `total`; they are encoded in eval mode and train nothing. encoder: the bare one, without DDP. key_encoder: makes
+    the prototypes in its place.
     """
 
     copies: Callable[[torch.Tensor], torch.Tensor] | None = None
     total: int = 0
+    encoder: torch.nn.Module | None = None
     key_encoder: torch.nn.Module | None = None
 
 
@@ -97,16 +99,27 @@ def encode(
             out = module(prepare(images))
         return out.float() if out.dtype in (torch.float16, torch.bfloat16) else out
 
-    images, wanted = part.images, {}
-    if extras.key_encoder is not None:
-        with torch.no_grad():
-            wanted["keys"] = distributed.gather_rows(run(extras.key_encoder, images), part.sizes)
-    if extras.copies is None:
-        return run(encoder, images), wanted
-    # In one forward with the batch: BatchNorm has no mode of its own for images that train nothing.
-    embeddings = run(encoder, torch.cat([images, extras.copies(images)]))
-    prototypes.quality.see(embeddings[len(images) :], extras.total)
-    return embeddings[: len(images)], wanted
+    embeddings, wanted = run(encoder, part.images), {}
+    with torch.no_grad():
+        if extras.key_encoder is not None:
+            wanted["keys"] = distributed.gather_rows(run(extras.key_encoder, part.images), part.sizes)
+        if extras.copies is not None:
+            copies, maker = extras.copies(part.images), extras.key_encoder or extras.encoder
+            # With the running statistics: in the batch they would shift its own, and alone be normalised to look like any.
+            with evaluating(maker):
+                prototypes.quality.see(run(maker, copies) if len(copies) else embeddings[:0], extras.total)
+    return embeddings, wanted
+
+
+@contextlib.contextmanager
+def evaluating(module: torch.nn.Module):
+    """`module` in eval mode inside, and as it was afterwards."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 def forward_backward(
@@ -149,7 +162,8 @@ def forward_backward(
                 loss = per_sample.sum() / weight.sum().clamp_min(1e-12)
             scale_loss(loss).backward()
         norm = embeddings.detach().norm(dim=1).sum() / sum(len(p.labels) for p in parts)
-        for name, value in {"loss": loss.detach(), "cos_y": cos_y.sum() / count, "norm": norm}.items():
+        own = cos_y.sum() / count if weight is None else (cos_y * weight).sum() / weight.sum().clamp_min(1e-12)
+        for name, value in {"loss": loss.detach(), "cos_y": own, "norm": norm}.items():
             stats[name] = stats[name] + value if name in stats else value
     if observe:
         stats |= prototypes.statistics(per_sample)

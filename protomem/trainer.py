@@ -128,6 +128,10 @@ class Run:
             "optimizer": c.optimizer.name,
             "sampler": c.data.sampler.name,
             "images_per_identity": c.data.sampler.images_per_identity if c.data.sampler.name != "shuffled" else None,
+            # Groups are a function of these; a look-alike table and an averaged encoder are there or not.
+            "group": [self.sampler.groups, self.sampler.passes] if c.data.sampler.name == "group" else None,
+            "look_alikes": c.data.sampler.pick == "look_alike",
+            "key_encoder": c.prototypes.memory.key_encoder > 0,
         }
 
     def _modules(self) -> dict[str, torch.nn.Module]:
@@ -142,14 +146,12 @@ class Run:
             found = state.find(self.folder / "checkpoints", self.config.checkpoint.resume, restarted)
 
         distributed.main_first(find)
-        path = distributed.broadcast_object(
-            str(found or "") if self.context.is_main else None
-        )
+        path = distributed.broadcast_object(str(found or "") if self.context.is_main else None)
         if not path:
             return None
         info = state.read_info(path)
         for key, value in self._identity().items():
-            if info["run"].get(key) != value:
+            if info["run"].get(key, value) != value:
                 raise UserError(
                     f"checkpoint {path} was made with {key}={info['run'].get(key)}, this run has {value}; restore it, or "
                     "start anew with checkpoint.resume=none and another output folder"
@@ -167,7 +169,7 @@ class Run:
     def save(self) -> Path:
         self._check_finite()
         tensors = state.named_state(self._modules(), self.optimizers)
-        floats = torch.stack([t.detach().isfinite().all() for t in tensors.values() if t.is_floating_point() and t.ndim])
+        floats = torch.stack([t.detach().isfinite().all() for t in tensors.values() if t.is_floating_point()])
         self.finite *= distributed.all_reduce(floats.all().float(), "min")
         self._check_finite()
         state.average_statistics(self.encoder)
@@ -258,7 +260,7 @@ class Run:
         self.saved, self.finite = self.step, torch.ones((), device=self.device)
         self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": time.monotonic()}
         if self.step == 0 and self.memory and c.prototypes.memory.fill == "prefill":
-            steps = self.memory.fill(self._loader, lambda batch: self._parts(batch)[0], self._enqueue)
+            steps = self.memory.fill(self._loader, lambda batch, step: self._enqueue(self._parts(batch)[0], step))
             self.log.event("prefill", steps=steps)
         loader = self._loader(self.sampler)
         ask = 1 if self.device.type == "cpu" else 10  # reading the answer makes a GPU wait
@@ -321,7 +323,8 @@ class Run:
             "extras": self.memory.extras if self.memory else Extras(),
         }
 
-    def _enqueue(self, part: MicroBatch) -> None:
+    def _enqueue(self, part: MicroBatch, step: int) -> None:
+        torch.manual_seed(mix(self.config.train.seed, 5, step, self.context.rank))
         enqueue(part, self.encoder, self.prototypes, **self._forms())
 
     def _settle_buckets(self, model: torch.nn.Module) -> None:

@@ -77,6 +77,8 @@ class MixedSampler(IdentitySampler):
             raise UserError(f"{p} identities per batch, but the memory has only {slots.num_slots} slots; enlarge it")
         if not 0 <= refresh < 1 or round(refresh * p) == p:
             raise UserError(f"refresh={refresh} of {p} identities must be at least 0 and leave room for others; lower it")
+        if refresh > 0 and round(refresh * p) == 0:
+            raise UserError(f"refresh={refresh} of {p} identities per batch is none; raise it, or set it to 0")
         low, high = self.identities[[0, -1]]
         if low < 0 or high >= slots.num_identities:
             raise UserError(
@@ -242,30 +244,30 @@ class GroupSampler(IdentitySampler):
         _check_images(images_per_identity)
         super().__init__(labels, identities_per_batch, images_per_identity, seed)
         c = len(self.identities)
-        self._groups = -(-c // max(group_size, 1))
-        self._size, self._larger = divmod(c, self._groups)  # the first `_larger` groups have one identity more
+        self.groups = -(-c // max(group_size, 1))
+        self._size, self._larger = divmod(c, self.groups)  # the first `_larger` groups have one identity more
         if self._size < identities_per_batch:
             raise UserError(
                 f"groups of {self._size} identities are too small for {identities_per_batch} identities per batch; raise "
                 "data.sampler.group_size"
             )
-        self._passes = passes
+        self.passes = passes
 
     def batch(self, epoch: int, step: int) -> np.ndarray:
         """Record positions of the global batch at `step` of `epoch`, int64 [P*K]."""
         p, c = self.identities_per_batch, len(self.identities)
         small, large = self._size // p, (self._size + 1) // p  # batches of a pass through a group of either size
-        in_large = self._larger * large * self._passes
-        per_round = in_large + (self._groups - self._larger) * small * self._passes
+        in_large = self._larger * large * self.passes
+        per_round = in_large + (self.groups - self._larger) * small * self.passes
         turn, at = divmod(epoch * self.steps_per_epoch + step, per_round)
         if at < in_large:
-            group, at = divmod(at, large * self._passes)
+            group, at = divmod(at, large * self.passes)
             number, batch = divmod(at, large)
         else:
-            group, at = divmod(at - in_large, small * self._passes)
+            group, at = divmod(at - in_large, small * self.passes)
             group += self._larger
             number, batch = divmod(at, small)
-        visit = turn * self._passes + number
+        visit = turn * self.passes + number
         size = self._size + (group < self._larger)
         inside = permute(batch * p + np.arange(p), size, hash64(self.seed, _PASS, visit, group))
         places = group * self._size + min(group, self._larger) + inside

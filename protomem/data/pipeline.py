@@ -10,6 +10,7 @@ Legend: B global batch, b local batch (rows of this rank).
 from __future__ import annotations
 
 import collections
+import itertools
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -177,12 +178,12 @@ class Loader:
         return Rows(encoded, sizes, params), index, labels, int((index != wanted).sum())
 
     def _read_sound(self, position: int) -> tuple[int, bytes, tuple[int, int]]:
-        """The first record from `position` on (cyclic) that may be decoded: (its position, bytes, (height, width)).
+        """The first record from `position` on (cyclic) that may be decoded: (its position, bytes, (height, width)). Where a
+        batch is made of identities, one of the same identity if there is any beside it.
 
         A function of the position and the data alone, so every rank, loader and world size replaces alike.
         """
-        for offset in range(min(_MAX_CORRUPT_RUN, len(self._records))):
-            at = (position + offset) % len(self._records)
+        for offset, at in enumerate(itertools.islice(self._candidates(position), min(_MAX_CORRUPT_RUN, len(self._records)))):
             reason = self._bad.get(at)
             if reason is None:
                 try:
@@ -195,6 +196,18 @@ class Loader:
             f"all {offset + 1} records from {position} ({self._records.where(position)}) on are corrupt: "
             f"{reason}; `protomem data verify {self._records.path}` tells how many are left"
         )
+
+    def _candidates(self, position: int) -> Iterator[int]:
+        yield position
+        count, labels = len(self._records), self._records.labels
+        if self._sampler.together > 1:
+            for direction in (1, -1):
+                at = position + direction
+                while 0 <= at < count and labels[at] == labels[position]:
+                    yield at
+                    at += direction
+        for offset in range(1, count):
+            yield (position + offset) % count
 
     def _corrupt(self, position: int, reason: str) -> None:
         if not self._skip:

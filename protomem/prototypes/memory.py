@@ -18,9 +18,9 @@ from torch import nn
 from protomem import distributed
 from protomem.head import Columns, GradSink, Live, Nearest
 from protomem.prototypes import reshard
+from protomem.prototypes.classifier import INIT_ROWS, initial_rows
 from protomem.prototypes.slots import FILLER, Plan, Slots
 from protomem.quality import Quality, ranks_in_group
-from protomem.seeds import mix
 
 TINY = 1e-6  # a mean of unit vectors this short has no direction
 
@@ -96,11 +96,12 @@ class PrototypeMemory(nn.Module):
         self.seen: dict = {}
 
     def _fill_at_random(self, seed: int) -> None:
-        for row in range(self.local):
-            slot = row * self.world + self.rank
-            if slot < self.size:  # a function of the slot, so that the world size does not matter
-                generator = torch.Generator().manual_seed(mix(seed, slot))
-                self.store[row] = F.normalize(torch.randn(self.store.shape[1], generator=generator), dim=0)
+        for start in range(0, self.size, INIT_ROWS):  # a function of the slot: the world size does not matter
+            rows = initial_rows(start, min(start + INIT_ROWS, self.size), self.store.shape[1], 1.0, seed)
+            first = (self.rank - start) % self.world
+            mine = F.normalize(rows[first :: self.world], dim=1)
+            row = (start + first) // self.world
+            self.store[row : row + len(mine)] = mine
         self.filled[: self.size] = True
         self.slots.label[:-1] = FILLER
 
@@ -196,6 +197,7 @@ class PrototypeMemory(nn.Module):
         flag = self._flag(plan.slot)
         self.filled[flag] = torch.where(plan.new, ~skip, self.filled[flag] | ~skip)
         self.filled[-1] = False
+        self.store[-1].zero_()  # whatever was written there must not come back as 0 * inf
         if self.pinned:
             if self.size % self.world == self.rank:
                 self.store[self.size // self.world] = F.normalize(self.quality.ui, dim=0).to(self.store.dtype)
@@ -210,7 +212,7 @@ class PrototypeMemory(nn.Module):
     def _observe(self, embeddings, scores, p, old, row, fallen) -> None:
         plan, norm = self.plan, embeddings.detach().norm(dim=1)
         here = plan.found & (row < self.local)
-        moved = torch.stack([((p * old).sum(1) * here).sum(), here.sum().to(p.dtype)])
+        moved = torch.stack([torch.where(here, (p * old).sum(1), 0).sum(), here.sum().to(p.dtype)])
         self.seen = {"scores": scores, "norm": norm, "fallen": fallen.sum(), "moved": moved}
 
     def look_alike_labels(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,6 +240,7 @@ class PrototypeMemory(nn.Module):
         scores, lowest = seen["scores"], max(1, len(per_sample) // 10)
         worst = per_sample.detach()[scores.argsort()[:lowest]].sum() / per_sample.detach().sum().clamp_min(1e-12)
         out = {
+            "memory_size": torch.full_like(identities, self.size),
             "memory_occupied": occupied.sum(),
             "memory_refreshed": plan.found.sum() / identities,
             "memory_age_mean": age.sum() / occupied.sum().clamp_min(1),
