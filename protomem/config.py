@@ -9,7 +9,7 @@ import difflib
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -96,65 +96,74 @@ def check(config: DictConfig) -> None:
     if not 0 <= s.refresh < 1:
         raise UserError(f"data.sampler.refresh={s.refresh} is not a share in [0, 1)")
     if config.prototypes.source == "memory":
-        check_memory(config)
+        for mistake in memory_mistakes(config):
+            raise UserError(mistake)
     elif s.name in ("mixed", "group"):
         raise UserError(f"data.sampler.name={s.name} is for prototypes.source=memory; use shuffled or balanced")
     for key in sorted(OmegaConf.missing_keys(config)):
         raise UserError(f"{key} is not set; give it in the config file or as {key}=...")
 
 
-def check_memory(config: DictConfig) -> None:
-    """The combinations that make no sense with a prototype memory, each refused with its reason."""
-    s, m, q = config.data.sampler, config.prototypes.memory, config.quality
-    identities = config.train.batch_size // s.images_per_identity
-    builders = (s.images_per_identity + (m.self_exclusion == "split")) // (2 if m.self_exclusion == "split" else 1)
+def memory_mistakes(config: DictConfig) -> Iterator[str]:
+    """What makes no sense with a prototype memory, each with its reason and cure."""
+    s, m, q, batch = config.data.sampler, config.prototypes.memory, config.quality, config.train.batch_size
+    k, u = s.images_per_identity, config.quality.unrecognizable
+    builders = (k + 1) // 2 if m.self_exclusion == "split" else k
+    if s.name == "shuffled":
+        yield (
+            "data.sampler.name=shuffled leaves most identities a single image, which would be their whole prototype; use mixed, "
+            "group or balanced"
+        )
+    if k < 2:
+        yield "data.sampler.images_per_identity=1: the prototype would be the image itself; use 2 or more"
+    if config.train.accumulate > 1:
+        yield f"train.accumulate={config.train.accumulate}: prototypes are made of the whole batch, so it cannot be cut; use 1"
+    if m.size < batch // k:
+        yield f"prototypes.memory.size={m.size} is less than the {batch // k} identities of a batch; use {8 * batch // k} or more"
+    if s.name == "group" and s.group_size > m.size:
+        yield (
+            f"data.sampler.group_size={s.group_size} is more than prototypes.memory.size={m.size}: a group would evict itself; "
+            "lower it"
+        )
+    if s.name == "mixed" and config.data.prefetch > 100:
+        yield f"data.prefetch={config.data.prefetch} is more than the mixed sampler can look back on; use 100 or less"
     if m.momentum >= 1:
-        raise UserError(f"prototypes.memory.momentum={m.momentum} is not in [0, 1): nothing new would ever enter")
-    for wrong, message in (
-        (s.name == "shuffled", "data.sampler.name=shuffled leaves most identities a single image, which would be their whole "
-         "prototype; use mixed, group or balanced"),
-        (s.images_per_identity < 2, "data.sampler.images_per_identity=1: the prototype would be the image itself; use 2 or more"),
-        (config.train.accumulate > 1, f"train.accumulate={config.train.accumulate}: prototypes are made of the whole batch, so "
-         "it cannot be cut; use 1"),
-        (m.size < identities, f"prototypes.memory.size={m.size} is less than the {identities} identities of a batch; use "
-         f"{8 * identities} or more"),
-        (s.name == "group" and s.group_size > m.size, f"data.sampler.group_size={s.group_size} is more than "
-         f"prototypes.memory.size={m.size}: a group would evict itself"),
-        (m.gradient == "sgd" and m.self_exclusion == "loo", "prototypes.memory.gradient=sgd with self_exclusion=loo would only push "
-         "stored rows away: their positives are made without them; use none or split"),
-        (m.fill == "prefill" and s.name != "mixed", f"prototypes.memory.fill=prefill needs data.sampler.name=mixed, not {s.name}"),
-        (s.name == "mixed" and config.data.prefetch > 100, f"data.prefetch={config.data.prefetch} is more than the mixed sampler "
-         "can look back on; use 100 or less"),
-        (m.gradient != "none" and m.storage == "bf16", f"prototypes.memory.gradient={m.gradient} needs storage=fp32: bf16 rows "
-         "lose small steps"),
-        (m.gradient == "batch" and m.key_encoder > 0, "prototypes.memory.gradient=batch: the averaged encoder of "
-         "key_encoder carries no gradient; use one of the two"),
-        (m.gradient != "sgd" and config.optimizer.head.lr is not None, "optimizer.head.lr has no effect: the rows of "
-         f"prototypes.memory.gradient={m.gradient} do not learn; remove it"),
-        (config.optimizer.head.weight_decay is not None, "optimizer.head.weight_decay has no effect on a prototype memory"),
-        (q.loss_weight > 0 and q.estimator == "equal", "quality.loss_weight needs a quality.estimator other than equal"),
-        (q.estimator != "equal" and q.warmup >= 1, f"quality.warmup={q.warmup}: the quality would never count; lower it"),
-        (q.usage == "hard" and q.threshold is None and q.quantile == 0, "quality.quantile=0 rejects nobody; raise it, or set "
-         "quality.threshold"),
-        (q.threshold is not None and q.quantile != 0.1, "quality.threshold and quality.quantile are both set; keep one"),
-        (q.usage == "topk" and q.keep >= builders, f"quality.keep={q.keep} keeps all of the {builders} images that make a "
-         "prototype; lower it"),
-        (q.threshold is not None and q.threshold > 1 and q.estimator != "external", f"quality.threshold={q.threshold} rejects "
-         f"everything: scores of quality.estimator={q.estimator} are between 0 and 1"),
-    ):
-        if wrong:
-            raise UserError(message)
-    for key, value in (("quantile", q.quantile), ("unrecognizable.decay", q.unrecognizable.decay)):
-        if not 0 <= value < 1:
-            raise UserError(f"quality.{key}={value} is not in [0, 1)")
-    if q.estimator == "recognizability":
-        u = q.unrecognizable
-        if u.source == "external" and u.path is None:
-            raise UserError("quality.unrecognizable.source=external needs quality.unrecognizable.path, a set of such images")
-        if u.source != "external" and u.path is not None:
-            raise UserError(f"quality.unrecognizable.path has no effect with source={u.source}; set source=external")
-        if u.source == "low_norm" and u.images != 16:
-            raise UserError("quality.unrecognizable.images has no effect with source=low_norm; remove it")
+        yield f"prototypes.memory.momentum={m.momentum} is not in [0, 1): nothing new would ever enter"
+    if m.fill == "prefill" and s.name != "mixed":
+        yield f"prototypes.memory.fill=prefill needs data.sampler.name=mixed, not {s.name}"
+    if m.gradient == "sgd" and m.self_exclusion == "loo":
+        yield (
+            "prototypes.memory.gradient=sgd with self_exclusion=loo would only push stored rows away: their positives are made "
+            "without them; use none or split"
+        )
+    if m.gradient != "none" and m.storage == "bf16":
+        yield f"prototypes.memory.gradient={m.gradient} needs storage=fp32: bf16 rows lose small steps"
+    if m.gradient == "batch" and m.key_encoder > 0:
+        yield "prototypes.memory.gradient=batch: the averaged encoder of key_encoder carries no gradient; use one of the two"
+    if m.gradient != "sgd" and config.optimizer.head.lr is not None:
+        yield f"optimizer.head.lr has no effect: the rows of prototypes.memory.gradient={m.gradient} do not learn; remove it"
+    if config.optimizer.head.weight_decay is not None:
+        yield "optimizer.head.weight_decay has no effect on a prototype memory; remove it"
+    if q.usage == "topk" and q.keep >= builders:
+        yield f"quality.keep={q.keep} keeps all of the {builders} images that make a prototype; lower it"
+    if q.usage == "hard" and q.threshold is None and not 0 < q.quantile < 1:
+        yield f"quality.quantile={q.quantile} rejects nobody or everybody; set it between 0 and 1, or set quality.threshold"
+    if q.threshold is not None and q.quantile != 0.1:
+        yield "quality.threshold and quality.quantile are both set; keep one"
+    if q.threshold is not None and q.threshold > 1 and q.estimator != "external":
+        yield (
+            f"quality.threshold={q.threshold} rejects everything: scores of quality.estimator={q.estimator} are between 0 and 1"
+        )
+    if q.estimator != "equal" and q.warmup >= 1:
+        yield f"quality.warmup={q.warmup}: the quality would never count; lower it"
+    if not 0 <= u.decay < 1:
+        yield f"quality.unrecognizable.decay={u.decay} is not in [0, 1)"
+    if u.source == "external" and u.path is None:
+        yield "quality.unrecognizable.source=external needs quality.unrecognizable.path, a set of such images"
+    if u.source != "external" and u.path is not None:
+        yield f"quality.unrecognizable.path has no effect with source={u.source}; set source=external"
+    if u.source == "low_norm" and u.images != 16:
+        yield "quality.unrecognizable.images has no effect with source=low_norm; remove it"
 
 
 def load(files: list[str], overrides: list[str] = ()) -> DictConfig:

@@ -39,12 +39,12 @@ LINE, WIDE = (6.2, 3.2), 12.8  # inches
 # Panels of the figure `memory`: title; left axis and its values with their names; right axis and its value, if any.
 MEMORY_PANELS = (
     (
-        "Slots in use (all of them is good)",
+        "Slots in use",
         ("slots", {"memory_occupied": "in use", "memory_size": "in all"}),
         ("identities refreshed, %", "memory_refreshed"),
     ),
     (
-        "Age of the prototypes (low is good)",
+        "Age of the prototypes",
         ("steps since written", {"memory_age_max": "oldest", "memory_age_mean": "mean"}),
         None,
     ),
@@ -60,7 +60,7 @@ MEMORY_PANELS = (
         None,
     ),
     (
-        "Loss of the worst tenth (low is good)",
+        "Loss of the lowest tenth (10 % is neutral)",
         ("share of the loss, %", {"loss_lowest_decile": "tenth of lowest quality"}),
         ("identities with equal weights", "fallbacks"),
     ),

@@ -90,8 +90,10 @@ class PatternRecords:
         return np.concatenate([[0], np.cumsum(counts)])
 
     def column(self, name: str) -> np.ndarray:
-        raise UserError(f"{self.path} has no column '{name}': patterns carry labels only; use data "
-            f"with train.{name}.npy beside it (`protomem data synth` makes such)")
+        raise UserError(
+            f"{self.path} has no column '{name}': patterns carry labels only; use data with train.{name}.npy beside it "
+            "(`protomem data synth` makes such)"
+        )
 
     def bytes(self, i: int) -> bytes:  # noqa: A003
         """JPEG, quality 92."""
