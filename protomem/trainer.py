@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from protomem import build, distributed, optim, state
+from protomem import build, checks, distributed, optim, state
 from protomem.data.augment import AugmentOptions
 from protomem.data.inspect import known_bad
 from protomem.data.pairs import read_bin
@@ -57,8 +57,8 @@ class Run:
         if config.prototypes.source == "memory":
             rows = distributed.batch_bounds(config.train.batch_size, context.rank, context.world_size, self.sampler.together)
             self.memory = MemoryRun(config, self.prototypes, self.sampler, self.encoder, self.records, rows, self.device)
-        self._check_sets()
-        self._check_batchnorm()
+        self.sets = checks.pair_sets(config)
+        checks.batchnorm(config, self.encoder, self.parts)
 
     def _plan(self) -> None:
         """How many steps, and how a step's rows are cut: over ranks, then into micro-batches."""
@@ -66,40 +66,8 @@ class Run:
         self.epoch_steps = self.sampler.steps_per_epoch
         self.total = s.steps or s.epochs * self.epoch_steps
         self.warmup = s.warmup_steps or round(s.warmup_epochs * self.epoch_steps)
-        k = self.sampler.together
-        if t.batch_size // k < world:
-            what = f"only {t.batch_size // k} identities of {k} images" if k > 1 else f"{t.batch_size} rows"
-            raise UserError(f"train.batch_size={t.batch_size} has {what} for {world} ranks; raise it, or start fewer ranks")
-        rows = [b - a for a, b in (distributed.batch_bounds(t.batch_size, r, world, k) for r in range(world))]
-        if min(rows) < t.accumulate:
-            raise UserError(
-                f"train.batch_size={t.batch_size} leaves a rank {min(rows)} rows, too few for {t.accumulate} micro-batches; "
-                "raise it, or lower train.accumulate"
-            )
-        self.parts = [[distributed.batch_bounds(n, a, t.accumulate) for n in rows] for a in range(t.accumulate)]
+        self.parts = checks.cut_rows(t.batch_size, self.sampler.together, world, t.accumulate)
         self._learning_rate(0)  # a schedule that makes no sense is told before anything is built
-
-    def _check_sets(self) -> None:
-        """What would only show at the first evaluation, after hours."""
-        c = self.config
-        self.sets = {}
-        for path in c.data.eval:
-            if not Path(path).is_file():
-                raise UserError(f"data.eval: {path} does not exist; make pairs with `protomem data pairs`, or remove it")
-            if Path(path).stem in self.sets:
-                raise UserError(f"data.eval: two sets are called {Path(path).stem}; results are told apart by that name")
-            self.sets[Path(path).stem] = path
-        if c.checkpoint.best is not None and c.checkpoint.best not in self.sets:
-            raise UserError(f"checkpoint.best={c.checkpoint.best} is not one of data.eval: {', '.join(self.sets) or 'none'}")
-
-    def _check_batchnorm(self) -> None:
-        fewest = min(b - a for bounds in self.parts for a, b in bounds)
-        norms = (m for m in self.encoder.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm))
-        if fewest < 2 and any(norm.training for norm in norms) and not self.config.encoder.sync_bn:
-            raise UserError(
-                f"train.batch_size={self.config.train.batch_size} leaves a rank or micro-batch a single image, and BatchNorm "
-                "needs two; raise it, or set encoder.freeze_statistics=true"
-            )
 
     def _learning_rate(self, step: int) -> float:
         s = self.config.schedule
