@@ -8,9 +8,16 @@ import pytest
 import torch
 
 from protomem import config, distributed, state
+from protomem.data.pipeline import make_loader
+from protomem.data.records import open_records
+from protomem.data.sampler import BalancedSampler
 from protomem.errors import UserError
+from protomem.head import blocked_head
+from protomem.objective.margins import build_margin
 from protomem.prototypes.memory import PrototypeMemory
+from protomem.prototypes.slots import Slots
 from protomem.quality import Quality
+from protomem.step import losses
 from protomem.trainer import train
 from tests.ranks import run_ranks
 from tests.test_training import assert_close, kill_at, run, settings, start_ranks
@@ -200,3 +207,62 @@ def test_the_log_and_the_report_tell_about_the_memory(small_set, tmp_path):
     wanted = {"memory_refreshed", "memory_age_mean", "memory_age_max", "refresh_cos", "cos_hardest", "quality_q50"}
     assert wanted <= set(last) and last["memory_occupied"] == SLOTS
     assert 0 < last["memory_refreshed"] < 1 and last["cos_y"] > last["cos_hardest"] - 1
+
+
+def test_unrecognizable_copies_do_not_touch_the_training(small_set, tmp_path):
+    """With power 0 the estimator decides nothing, so the run is the plain one, BatchNorm statistics included."""
+    more = (*BASE, "encoder.freeze_statistics=false", "schedule.steps=8", "checkpoint.every=0")
+    plain = run(1, small_set, tmp_path / "plain", *more)
+    watched = ("quality.estimator=recognizability", "quality.power=0", "quality.warmup=0")
+    assert run(1, small_set, tmp_path / "watched", *more, *watched) == plain
+
+
+def test_an_overflowed_step_leaves_no_trace():
+    """Infinite embeddings once, as fp16 makes them: statistics and rows stay sound, and the memory fills again."""
+    for estimator in ("zscore", "recognizability"):
+        memory = build_with(estimator)
+        generator = torch.Generator().manual_seed(3)
+        for step in range(12):
+            labels = torch.randint(0, 40, (5,), generator=generator).repeat_interleave(2)
+            x = torch.randn(10, 5, generator=generator) * (float("inf") if step == 3 else 1)
+            x.requires_grad_()
+            memory.quality.see(x[:3], 3)
+            memory.begin_step(labels, step)
+            loss = losses(x, labels, [10], memory, blocked_head, build_margin("cosface", scale=8.0), observe=True)[0].mean()
+            loss.backward()
+            if step != 3:
+                assert loss.isfinite() and x.grad.isfinite().all(), (estimator, step)
+        assert memory.filled[:SLOTS].all() and memory.rows.isfinite().all()
+        assert all(value.isfinite().all() for value in memory.quality.state_dict().values())
+
+
+def build_with(estimator: str) -> PrototypeMemory:
+    quality = Quality(5, estimator=estimator)
+    return PrototypeMemory(40, 5, size=SLOTS, quality=quality, gradient="batch", momentum=0.5)
+
+
+def test_a_corrupt_image_is_replaced_within_its_identity(small_set):
+    """Else the sampler's copy of the bookkeeping would part from the memory's."""
+    records = open_records(small_set)
+    sampler = BalancedSampler(records.labels, 6, 4, seed=1)
+    bad = [int(i) for i in np.flatnonzero(np.arange(len(records)) % 8 >= 5)]  # the last three of each identity's eight
+    options = dict(backend="torch", size=32, threads=1, on_corrupt="skip", bad_positions=bad)
+    loader = make_loader(records, sampler, **options)
+    try:
+        batches = [next(loader.epoch(0, step)) for step in range(4)]
+    finally:
+        loader.close()
+    assert sum(batch.skipped for batch in batches) > 10
+    for step, batch in enumerate(batches):
+        assert np.array_equal(batch.labels.numpy(), records.labels[sampler.batch(0, step)])
+        assert not set(batch.index.tolist()) & set(bad)
+
+
+def test_a_hundred_million_identities():
+    slots = Slots(64, 100_000_000)
+    assert slots.slot_of.numel() * slots.slot_of.element_size() == 4 * 100_000_001
+    last = torch.arange(99_999_990, 100_000_000).repeat_interleave(2)
+    plan = slots.plan(last)
+    assert plan.new.sum() == 10 and slots.slot_of[-11:-1].tolist() == list(range(10))
+    again = slots.plan(torch.cat([last, torch.tensor([5, 5])]))
+    assert again.found.sum() == 10 and slots.label[:11].tolist() == [*range(99_999_990, 100_000_000), 5]
