@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from protomem import config, distributed, state
+from protomem.commands import load_run
 from protomem.data.pipeline import make_loader
 from protomem.data.records import open_records
 from protomem.data.sampler import BalancedSampler
@@ -215,6 +216,8 @@ def test_unrecognizable_copies_do_not_touch_the_training(small_set, tmp_path):
     plain = run(1, small_set, tmp_path / "plain", *more)
     watched = ("quality.estimator=recognizability", "quality.power=0", "quality.warmup=0")
     assert run(1, small_set, tmp_path / "watched", *more, *watched) == plain
+    one, other = (load_run(tmp_path / name, torch.device("cpu"))[1].state_dict() for name in ("plain", "watched"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_an_overflowed_step_leaves_no_trace():
