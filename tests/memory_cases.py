@@ -226,7 +226,7 @@ def run_memory(case: dict, steps: int) -> list[dict]:
         if case["estimator"] == "given":
             start, stop = distributed.batch_bounds(COPIES, rank, world)
             copies = batch["copies"][start:stop]
-            extras = Extras(copies=lambda images: copies, total=COPIES)
+            extras = Extras(copies=lambda images: copies, total=COPIES, encoder=torch.nn.Identity())
 
         def head(x, columns, scale, negatives):
             return HEADS[case["backend"]](x, columns, scale, negatives, block=4, store_mb=(0, 0.0006, 16)[step % 3])

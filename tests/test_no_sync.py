@@ -77,7 +77,7 @@ def steps(case: dict, count: int = 3, observe: bool = False, inside=None) -> Non
         x, labels = batch["x"].float().requires_grad_(), torch.tensor(batch["labels"])
         copies = batch["copies"].float()
         part = MicroBatch(x, labels, [len(x)], batch["external"] if case["estimator"] == "external" else None)
-        extras = Extras(lambda images: copies, COPIES) if case["estimator"] == "given" else Extras()
+        extras = Extras(lambda images: copies, COPIES, torch.nn.Identity()) if case["estimator"] == "given" else Extras()
         head, encoder = HEADS[case["backend"]], torch.nn.Identity()
         with no_waiting():
             forward_backward([part], encoder, memory, head, margin, step, extras=extras, observe=observe)
