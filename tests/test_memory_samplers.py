@@ -101,7 +101,7 @@ def test_batches_are_p_distinct_identities_times_k_neighbours_and_the_mirror_is_
     identities, p, k, slots, refresh, pick, policy, seed
 ):
     labels = data(identities, 4)
-    if p > min(identities, slots) or round(refresh * p) == p:
+    if p > min(identities, slots) or round(refresh * p) == p or (refresh > 0 and round(refresh * p) == 0):
         return
     sampler = mixed(labels, p, k, slots, policy=policy, refresh=refresh, pick=pick, seed=seed, **_lag(pick))
     assert (sampler.batch_size, sampler.together, sampler.steps_per_epoch) == (p * k, k, 4 * identities // (p * k))

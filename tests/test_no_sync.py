@@ -154,7 +154,7 @@ def test_what_waits_is_found_wherever_it_is(where, monkeypatch):
     elif where == "columns":
         before(PrototypeMemory, "columns", lambda labels, x: labels.tolist())
     elif where == "weights":
-        before(Quality, "weights", lambda scores, group, step: scores[scores > 0.5])
+        before(Quality, "weights", lambda scores, *_: scores[scores > 0.5])
     else:
         blocked = HEADS["blocked"]
 
