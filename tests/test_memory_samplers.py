@@ -601,4 +601,4 @@ def test_wrong_arguments_are_errors():
     with pytest.raises(ValueError, match="pick 'oldest' is not one of random, random_old, look_alike"):
         mixed(data(10), 2, 2, 5, pick="oldest")
     with pytest.raises(ValueError, match="lag=0"):
-        mixed(data(10), 2, 2, 5, pick="look_alike", lag=0)
+        mixed(data(10), 2, 2, 5, pick="look_alike", lag=0, refresh=0.5)
