@@ -252,15 +252,15 @@ def test_memory_panels_show_every_value_once():
     assert list(x) == list(range(2, 9)) and set(y) == {0.9}  # the steps without a refresh are left out
     assert set(lines.pop("tenth of lowest quality")[1]) == {12.5} and not lines  # in per cent
     rights = {title: right for title, (_, right) in panels.items() if right}
-    assert list(rights) == ["Slots in use", "Loss of the worst tenth"]
+    assert list(rights) == ["Slots in use", "Loss of the lowest tenth"]
     np.testing.assert_allclose(rights["Slots in use"][0].get_ydata(), 25)
-    np.testing.assert_allclose(rights["Loss of the worst tenth"][0].get_ydata(), [row["fallbacks"] for row in steps])
+    np.testing.assert_allclose(rights["Loss of the lowest tenth"][0].get_ydata(), [row["fallbacks"] for row in steps])
 
 
 def test_memory_panels_without_values_are_left_out():
     steps = [{"step": k, "fallbacks": 0, "quality_q10": 0.1, "refresh_cos": None} for k in range(3)]
     figure = report_plots.memory_figure(steps)
-    assert list(curves(figure)) == ["Image quality", "Loss of the worst tenth"]
+    assert list(curves(figure)) == ["Image quality", "Loss of the lowest tenth"]
     assert not figure.axes[0].collections  # no band without its other edge
     assert report_plots.memory_figure(memory_steps()).axes[4].collections
 
