@@ -27,8 +27,8 @@ from protomem.data.recordio import RecordIO
 from protomem.errors import UserError
 
 CLEAN = ImageOptions(degrade=0)
-# sha256 of the pixels of six pictures, clean and degraded. They must not depend on the machine; if the renderer is
-# changed on purpose, count up render.RENDERER and write the new value here.
+# sha256 of the pixels of six pictures, clean and degraded. If the renderer is changed on purpose, count up render.RENDERER
+# and write the new value here.
 # An AMD EPYC with AVX2, and an Intel Xeon with AVX-512 and AMX: they differ, whatever instructions torch, numpy and OpenBLAS
 # are told to use, and it is not known where (benchmarks/LOG.md). A change of the renderer changes both.
 GOLDEN = {"545f9e3ba54da752e34d2a0f654614dd", "6e886ef4b2b061bcf29d71ca18d29fc6"}
