@@ -111,7 +111,7 @@ class Quality(nn.Module):
         if self.estimator == "recognizability":
             unit = F.normalize(embeddings.detach(), dim=1)
             if self.unrecognizable == "low_norm":
-                lowest = norm.topk(max(1, round(LOWEST * len(norm))), largest=False).indices
+                lowest = norm.argsort(stable=True)[: max(1, round(LOWEST * len(norm)))]  # ties: the first in the batch
                 self._average(unit[lowest].mean(0))
             return (1 - unit @ F.normalize(self.ui, dim=0).to(unit.dtype)).clamp(0, 1)
         return torch.ones_like(norm)
