@@ -68,7 +68,7 @@ def eager_step(x, labels, sizes, shard, optimizer):
 def blocked_step(x, labels, sizes, shard, optimizer, **options):
     shard.begin_step(labels, 0)
     head = lambda *args: HEADS["blocked"](*args, **options)  # noqa: E731
-    losses(x, labels, sizes, shard, head, build_margin("cosface", scale=SCALE, m=MARGIN))[0].mean().backward()
+    losses((x,), labels, sizes, shard, head, build_margin("cosface", scale=SCALE, m=MARGIN)).per_sample.mean().backward()
     optimizer.step()
 
 

@@ -90,7 +90,7 @@ def worker(options) -> None:
             x.grad = None
             wall, cpu = time.perf_counter(), cpu_seconds()
             prototypes.begin_step(batch, number)
-            losses(x, batch, sizes, prototypes, HEADS["blocked"], margin)[0].mean().backward()
+            losses((x,), batch, sizes, prototypes, HEADS["blocked"], margin).per_sample.mean().backward()
             if optimizer is not None:
                 optimizer.step()
             if number >= 2:  # the first two are warm-up

@@ -13,9 +13,12 @@ from protomem.data.memory_samplers import GroupSampler, MixedSampler
 from protomem.data.pipeline import read_ahead
 from protomem.data.sampler import BalancedSampler, ShuffledSampler
 from protomem.encoder import build_encoder
+from protomem.encoder.ema import EmaEncoder
 from protomem.encoder.weights import load_weights
 from protomem.errors import UserError
 from protomem.head import HEADS
+from protomem.objective.criterion import Criterion
+from protomem.objective.margins import Margin, build_margin
 from protomem.prototypes.classifier import ClassifierShard
 from protomem.prototypes.memory import PrototypeMemory
 from protomem.prototypes.sampled import SampledShard
@@ -24,6 +27,7 @@ from protomem.quality import Quality
 from protomem.seeds import mix
 
 log = logging.getLogger(__name__)
+
 
 def encoder_from(config: DictConfig, device: torch.device) -> torch.nn.Module:
     """The encoder that a config describes, with its initial weights, on `device`."""
@@ -102,8 +106,9 @@ def memory_from(config: DictConfig, num_identities: int, total_steps: int) -> Pr
     )
 
 
-def optimizers_from(config: DictConfig, encoder, prototypes) -> dict[str, torch.optim.Optimizer]:
-    """One optimizer for the encoder, one for this rank's prototypes (its own rate and decay, rows only if sampled)."""
+def optimizers_from(config: DictConfig, encoder, prototypes, criterion) -> dict[str, torch.optim.Optimizer]:
+    """One optimizer for the encoder, one for this rank's prototypes (its own rate and decay, rows only if sampled), one for
+    what the criterion learns (at the prototypes' rate, without decay: our decision)."""
     o = config.optimizer
     head_lr = o.lr if o.head.lr is None else o.head.lr
     head_decay = o.weight_decay if o.head.weight_decay is None else o.head.weight_decay
@@ -111,6 +116,9 @@ def optimizers_from(config: DictConfig, encoder, prototypes) -> dict[str, torch.
     groups = optim.encoder_groups(encoder, o.weight_decay, o.no_decay_norm)
     built = {"encoder": optim.build_optimizer(groups, o.name, lr=o.lr, fused=o.fused, **options)}
     ratio = head_lr / o.lr if o.lr else 1.0
+    if learned := list(criterion.parameters()):
+        group = {"params": learned, "lr_scale": ratio, "weight_decay": 0.0}
+        built["criterion"] = optim.build_optimizer([group], o.name, lr=o.lr, fused=o.fused, **options)
     if config.prototypes.source == "memory":
         if prototypes.gradient_mode == "sgd":
             built["prototypes"] = optim.UnitRowSGD(prototypes, o.lr, ratio)
@@ -127,6 +135,26 @@ def optimizers_from(config: DictConfig, encoder, prototypes) -> dict[str, torch.
         del group["sharded"]
         built["prototypes"] = optim.RowAdamW([group], o.lr, tuple(o.betas), o.eps, head_decay)
     return built
+
+
+def margin_from(config: DictConfig) -> Margin:
+    own = ("criterion", "unified")  # of the loss, not of the margin
+    return build_margin(**{key: value for key, value in config.margin.items() if key not in own})
+
+
+def criterion_from(config: DictConfig, num_identities: int, device: torch.device) -> Criterion:
+    return Criterion().to(device)
+
+
+def contrast_from(config: DictConfig, epoch_steps: int, device: torch.device):
+    """CoReFace's loss between two views, or None."""
+    return None
+
+
+def key_encoder_from(config: DictConfig, encoder: torch.nn.Module) -> EmaEncoder | None:
+    """The averaged copy of the encoder that makes a memory's prototypes, or the features that are injected (VPL)."""
+    decay = config.prototypes.memory.key_encoder or config.prototypes.injection.key_encoder
+    return EmaEncoder(encoder, decay) if decay else None
 
 
 def head_from(config: DictConfig):

@@ -9,13 +9,14 @@ import difflib
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from protomem.composition import memory_mistakes, method_mistakes
 from protomem.errors import UserError
-from protomem.schema import AT_LEAST, CHOICES, ONLY_WITH, PROBABILITIES, Config
+from protomem.schema import AT_LEAST, CHOICES, ONLY_WITH, PROBABILITIES, SWITCHES, Config
 
 
 def known_keys(schema: Any = Config, prefix: str = "") -> list[str]:
@@ -71,6 +72,11 @@ def check(config: DictConfig) -> None:
         value, chosen = OmegaConf.select(config, key), OmegaConf.select(config, other)
         if chosen not in values and value != OmegaConf.select(defaults, key):
             raise UserError(f"{key}={value} has no effect with {other}={chosen}, only with {' or '.join(values)}; remove it")
+    for switch in SWITCHES:
+        section = switch.rpartition(".")[0]
+        if OmegaConf.select(config, switch) == 0 and OmegaConf.select(config, section) != OmegaConf.select(defaults, section):
+            given = [k for k, v in OmegaConf.select(config, section).items() if v != OmegaConf.select(defaults, f"{section}.{k}")]
+            raise UserError(f"{section}.{given[0]} has no effect with {switch}=0; remove it, or set the weight")
     if len(config.optimizer.betas) != 2:
         raise UserError(f"optimizer.betas={list(config.optimizer.betas)} must be two numbers")
     if config.evaluate.every > 0 and not config.data.eval:
@@ -100,70 +106,10 @@ def check(config: DictConfig) -> None:
             raise UserError(mistake)
     elif s.name in ("mixed", "group"):
         raise UserError(f"data.sampler.name={s.name} is for prototypes.source=memory; use shuffled or balanced")
+    for mistake in method_mistakes(config):
+        raise UserError(mistake)
     for key in sorted(OmegaConf.missing_keys(config)):
         raise UserError(f"{key} is not set; give it in the config file or as {key}=...")
-
-
-def memory_mistakes(config: DictConfig) -> Iterator[str]:
-    """What makes no sense with a prototype memory, each with its reason and cure."""
-    s, m, q, batch = config.data.sampler, config.prototypes.memory, config.quality, config.train.batch_size
-    k, u = s.images_per_identity, config.quality.unrecognizable
-    builders = (k + 1) // 2 if m.self_exclusion == "split" else k
-    if s.name == "shuffled":
-        yield (
-            "data.sampler.name=shuffled leaves most identities a single image, which would be their whole prototype; use mixed, "
-            "group or balanced"
-        )
-    if k < 2:
-        yield "data.sampler.images_per_identity=1: the prototype would be the image itself; use 2 or more"
-    if config.train.accumulate > 1:
-        yield f"train.accumulate={config.train.accumulate}: prototypes are made of the whole batch, so it cannot be cut; use 1"
-    if m.size < batch // k:
-        yield f"prototypes.memory.size={m.size} is less than the {batch // k} identities of a batch; use {8 * batch // k} or more"
-    if s.name == "group" and s.group_size > m.size:
-        yield (
-            f"data.sampler.group_size={s.group_size} is more than prototypes.memory.size={m.size}: a group would evict itself; "
-            "lower it"
-        )
-    if s.name == "mixed" and config.data.prefetch > 100:
-        yield f"data.prefetch={config.data.prefetch} is more than the mixed sampler can look back on; use 100 or less"
-    if m.momentum >= 1:
-        yield f"prototypes.memory.momentum={m.momentum} is not in [0, 1): nothing new would ever enter"
-    if m.fill == "prefill" and s.name != "mixed":
-        yield f"prototypes.memory.fill=prefill needs data.sampler.name=mixed, not {s.name}"
-    if m.gradient == "sgd" and m.self_exclusion == "loo":
-        yield (
-            "prototypes.memory.gradient=sgd with self_exclusion=loo would only push stored rows away: their positives are made "
-            "without them; use none or split"
-        )
-    if m.gradient != "none" and m.storage == "bf16":
-        yield f"prototypes.memory.gradient={m.gradient} needs storage=fp32: bf16 rows lose small steps"
-    if m.gradient == "batch" and m.key_encoder > 0:
-        yield "prototypes.memory.gradient=batch: the averaged encoder of key_encoder carries no gradient; use one of the two"
-    if m.gradient != "sgd" and config.optimizer.head.lr is not None:
-        yield f"optimizer.head.lr has no effect: the rows of prototypes.memory.gradient={m.gradient} do not learn; remove it"
-    if config.optimizer.head.weight_decay is not None:
-        yield "optimizer.head.weight_decay has no effect on a prototype memory; remove it"
-    if q.usage == "topk" and q.keep >= builders:
-        yield f"quality.keep={q.keep} keeps all of the {builders} images that make a prototype; lower it"
-    if q.usage == "hard" and q.threshold is None and not 0 < q.quantile < 1:
-        yield f"quality.quantile={q.quantile} rejects nobody or everybody; set it between 0 and 1, or set quality.threshold"
-    if q.threshold is not None and q.quantile != 0.1:
-        yield "quality.threshold and quality.quantile are both set; keep one"
-    if q.threshold is not None and q.threshold > 1 and q.estimator != "external":
-        yield (
-            f"quality.threshold={q.threshold} rejects everything: scores of quality.estimator={q.estimator} are between 0 and 1"
-        )
-    if q.estimator != "equal" and q.warmup >= 1:
-        yield f"quality.warmup={q.warmup}: the quality would never count; lower it"
-    if not 0 <= u.decay < 1:
-        yield f"quality.unrecognizable.decay={u.decay} is not in [0, 1)"
-    if u.source == "external" and u.path is None:
-        yield "quality.unrecognizable.source=external needs quality.unrecognizable.path, a set of such images"
-    if u.source != "external" and u.path is not None:
-        yield f"quality.unrecognizable.path has no effect with source={u.source}; set source=external"
-    if u.source == "low_norm" and u.images != 16:
-        yield "quality.unrecognizable.images has no effect with source=low_norm; remove it"
 
 
 def load(files: list[str], overrides: list[str] = ()) -> DictConfig:

@@ -195,6 +195,44 @@ def gather_with_grad(x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     return _GatherWithGrad.apply(x, sizes)
 
 
+class _Replicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, local, gathered, sizes):
+        ctx.sizes = sizes
+        return gathered.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.split(ctx.sizes)[rank()] * len(ctx.sizes), None, None
+
+
+def replicated(local: torch.Tensor, gathered: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """`gathered` [B, ...] (equal on all ranks, without graph) with the graph of this rank's own rows `local` [b, ...].
+
+    For what every rank computes from it alike, such as a margin from a norm: each rank then has the whole gradient, so its
+    own rows' part is taken, and nothing is summed. Times W, as everywhere (see `_GatherWithGrad`).
+    """
+    if world_size() == 1:
+        return local
+    return _Replicated.apply(local, gathered, sizes)
+
+
+class _LocalRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * world_size()
+
+
+def local_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` for a term that each rank computes from its own rows: sum over own rows / B. Its gradient is multiplied by W, so
+    that DDP's mean leaves the gradient of the sum over all ranks (see `_GatherWithGrad`)."""
+    return x if world_size() == 1 else _LocalRows.apply(x)
+
+
 def exchange_rows(rows: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
     """Send each of this rank's rows [n, ...] to the rank `owner` [n] names (-1: nobody); returns what arrives, in the
     order of the senders. Collective; for loading and saving, not for steps."""

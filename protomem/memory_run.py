@@ -1,5 +1,5 @@
-"""What a run with a prototype memory needs beside the step: copies of batch images that nobody can recognise, an averaged
-encoder, the data's quality numbers, filling the memory, and the sampler that follows its content."""
+"""What a run with a prototype memory needs beside the step: copies of batch images that nobody can recognise, the data's
+quality numbers, filling the memory, and the sampler that follows its content."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from protomem.data.memory_samplers import MixedSampler
 from protomem.data.pipeline import eval_batches
 from protomem.data.records import open_records
 from protomem.data.unrecognizable import destroy, rows_here
-from protomem.encoder.ema import EmaEncoder
 from protomem.errors import UserError
 from protomem.prototypes.memory import PrototypeMemory
 from protomem.seeds import mix
@@ -37,24 +36,23 @@ class FillSampler:
 
 
 class MemoryRun:
-    """The parts of one rank. rows: (first, last) of this rank's rows in the global batch."""
+    """The parts of one rank. extras: where what makes the copies is put. rows: (first, last) of this rank's rows in the
+    global batch."""
 
     def __init__(
         self,
         config: DictConfig,
         memory: PrototypeMemory,
         sampler,
-        encoder: torch.nn.Module,
+        extras: Extras,
         records,
         rows: tuple[int, int],
         device: torch.device,
     ):
         self.config, self.memory, self.sampler, self.records, self.device = config, memory, sampler, records, device
         self.follows = isinstance(sampler, MixedSampler)
-        q, decay = config.quality, config.prototypes.memory.key_encoder
-        self.key_encoder = EmaEncoder(encoder, decay) if decay else None
+        q, self.extras = config.quality, extras
         self.column = self._column(q.column) if q.estimator == "external" else None
-        self.extras = Extras(encoder=encoder, key_encoder=self.key_encoder)
         self.step = 0
         if memory.quality.wants_copies:
             self.extras.total = q.unrecognizable.images
@@ -120,8 +118,6 @@ class MemoryRun:
 
     def after_step(self) -> None:
         """Call it after the optimizers."""
-        if self.key_encoder is not None:
-            self.key_encoder.update()
         if self.memory.look_alikes:
             _, nearest = self.memory.look_alike_labels()
             self.sampler.tell(self.step, _to_host(self.memory.labels, nearest))
@@ -152,9 +148,6 @@ class MemoryRun:
         return batches.steps_per_epoch
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
-
-    def modules(self) -> dict[str, torch.nn.Module]:
-        return {} if self.key_encoder is None else {"key_encoder": self.key_encoder}
 
     def sampler_state(self, step: int) -> tuple[dict, dict[str, torch.Tensor]]:
         """(numbers, tensors) of a sampler that follows the memory, as of `step` steps done."""

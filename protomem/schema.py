@@ -71,11 +71,33 @@ class Memory:
 
 
 @dataclass
+class Injection:
+    weight: float = 0.0
+    steps: int = 200
+    passes: float = 0.0
+    coverage: float = 0.0
+    start: int = 8000
+    key_encoder: float = 0.0
+
+
+@dataclass
+class Empirical:
+    enabled: bool = False
+    update: str = "before"
+    coefficient: str = "softsign"
+    k: float = 0.7
+    stacked: bool = False
+    start_epoch: float = 3.0
+
+
+@dataclass
 class Prototypes:
     source: str = "classifier"
     rate: float = 0.1
     init_std: float = 0.01
     memory: Memory = field(default_factory=Memory)
+    injection: Injection = field(default_factory=Injection)
+    empirical: Empirical = field(default_factory=Empirical)
 
 
 @dataclass
@@ -104,6 +126,22 @@ class Quality:
 
 
 @dataclass
+class Magnitude:
+    kind: str = "arcface"
+    lower: float = 10.0
+    upper: float = 110.0
+    lower_margin: float = 0.45
+    upper_margin: float = 0.8
+    weight: float = 35.0
+
+
+@dataclass
+class Unified:
+    bias: Optional[float] = None
+    negatives: float = 1.0
+
+
+@dataclass
 class Margin:
     name: str = "cosface"
     scale: float = 64.0
@@ -114,6 +152,21 @@ class Margin:
     gradient: str = "true"
     beyond_pi: str = "threshold"
     filter_above: float = 0.0
+    magnitude: Magnitude = field(default_factory=Magnitude)
+    criterion: str = "softmax"
+    unified: Unified = field(default_factory=Unified)
+
+
+@dataclass
+class Contrast:
+    weight: float = 0.0
+    coupling: str = "one_way"
+    negatives: str = "local"
+    mask: str = "zero"
+    scale: float = 64.0
+    momentum: float = 0.01
+    start_epoch: float = 7.0
+    dropout: float = 0.6
 
 
 @dataclass
@@ -210,6 +263,7 @@ class Config:
     prototypes: Prototypes = field(default_factory=Prototypes)
     quality: Quality = field(default_factory=Quality)
     margin: Margin = field(default_factory=Margin)
+    contrast: Contrast = field(default_factory=Contrast)
     head: Head = field(default_factory=Head)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
@@ -239,7 +293,14 @@ CHOICES = {
     "quality.usage": ("soft", "hard", "topk"),
     "quality.on_empty": ("equal", "skip", "best"),
     "quality.unrecognizable.source": ("synthetic", "external", "low_norm"),
-    "margin.name": ("softmax", "cosface", "arcface", "combined"),
+    "prototypes.empirical.update": ("before", "after"),
+    "prototypes.empirical.coefficient": ("softsign", "sigmoid"),
+    "margin.name": ("softmax", "cosface", "arcface", "combined", "magface"),
+    "margin.magnitude.kind": ("arcface", "cosface"),
+    "margin.criterion": ("softmax", "unified"),
+    "contrast.coupling": ("one_way", "two_way", "all_views"),
+    "contrast.negatives": ("local", "global"),
+    "contrast.mask": ("zero", "exclude"),
     "margin.gradient": ("true", "straight_through"),
     "margin.beyond_pi": ("threshold", "easy", "plain", "raw", "monotone"),
     "head.backend": ("dense", "blocked"),
@@ -275,7 +336,20 @@ AT_LEAST = {
     "quality.keep": 1,
     "quality.loss_weight": 0,
     "quality.unrecognizable.images": 1,
+    "prototypes.injection.weight": 0,
+    "prototypes.injection.steps": 1,
+    "prototypes.injection.passes": 0,
+    "prototypes.injection.start": 0,
+    "prototypes.empirical.k": 0,
+    "prototypes.empirical.start_epoch": 0,
     "margin.filter_above": 0,
+    "margin.magnitude.lower": 1e-6,
+    "margin.magnitude.lower_margin": 0,
+    "margin.magnitude.weight": 0,
+    "margin.unified.negatives": 1e-12,
+    "contrast.weight": 0,
+    "contrast.scale": 1e-6,
+    "contrast.start_epoch": 0,
     "schedule.epochs": 0,
     "schedule.steps": 0,
     "schedule.warmup_epochs": 0,
@@ -306,7 +380,10 @@ ONLY_WITH = {
     "quality.keep": ("quality.usage", ("topk",)),
     "quality.column": ("quality.estimator", ("external",)),
     **{f"quality.unrecognizable.{f.name}": ("quality.estimator", ("recognizability",)) for f in fields(Unrecognizable)},
-    "margin.beyond_pi": ("margin.name", ("arcface", "combined")),
+    **{f"prototypes.empirical.{f.name}": ("prototypes.empirical.enabled", (True,)) for f in fields(Empirical)[1:]},
+    **{f"margin.magnitude.{f.name}": ("margin.name", ("magface",)) for f in fields(Magnitude)},
+    **{f"margin.unified.{f.name}": ("margin.criterion", ("unified",)) for f in fields(Unified)},
+    "margin.beyond_pi": ("margin.name", ("arcface", "combined", "magface")),
     "margin.gradient": ("margin.name", ("arcface", "combined")),
     "head.precision": ("head.backend", ("blocked",)),
     "head.block": ("head.backend", ("blocked",)),
@@ -318,4 +395,6 @@ ONLY_WITH = {
     "schedule.power": ("schedule.decay", ("polynomial",)),
     "schedule.gamma": ("schedule.decay", ("step",)),
 }
-PROBABILITIES = tuple(f"data.augment.{f.name}" for f in fields(Augment)) + ("encoder.dropout", "quality.warmup")
+# Sections that are off while this number of theirs is 0.
+SWITCHES = ("prototypes.injection.weight", "contrast.weight")
+PROBABILITIES = tuple(f"data.augment.{f.name}" for f in fields(Augment)) + ("encoder.dropout", "quality.warmup", "contrast.dropout", "contrast.momentum")

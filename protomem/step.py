@@ -5,7 +5,9 @@
            ─ prototypes.columns(labels, X)                    this rank's rows; a memory first writes the batch's own
            ─ head ────► cos_y [B], lse_neg [B]                equal on every rank
            ─ margin ──► loss = mean softplus(lse_neg - s phi(cos_y)) over the global batch
+                        + a second term against empirical prototypes (EPL) + regularisers of this rank's own rows
            ─ backward ► encoder gradients (averaged by DDP) and this rank's prototype gradients
+           ─ after ───► prototypes.after_step(labels, X): what is kept of the batch's features (VPL, EPL)
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from protomem import distributed
-from protomem.head import objective
+from protomem.objective.criterion import Criterion
 from protomem.objective.margins import Margin
 
 
@@ -37,11 +39,11 @@ class MicroBatch:
 
 @dataclass
 class Extras:
-    """What prototypes of a memory may want beside the batch's own embeddings; see protomem/prototypes/memory.py.
+    """What prototypes may want beside the batch's own embeddings; see protomem/prototypes/memory.py.
 
     copies: images [b, ...] -> images [m, ...] of nobody, whose embeddings show what is unrecognizable; all ranks together
-    have `total`; they are encoded in eval mode and train nothing. encoder: the bare one, without DDP. key_encoder: makes
-    the prototypes in its place.
+    have `total`; they are encoded in eval mode and train nothing. encoder: the bare one, without DDP. key_encoder: an
+    averaged copy that makes a memory's prototypes, and the features that are injected, in its place.
     """
 
     copies: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -50,26 +52,50 @@ class Extras:
     key_encoder: torch.nn.Module | None = None
 
 
+@dataclass
+class Losses:
+    """What the gathered batch gave, equal on every rank.
+
+    per_sample [B]: loss, mean over views and terms, with a graph. cos_y [B]: cosine to the own prototype (first view).
+    weight [B] in the mean; None: equal. unit [B, D]: the first view's embeddings, normalised, without a graph.
+    """
+
+    per_sample: torch.Tensor
+    cos_y: torch.Tensor
+    weight: torch.Tensor | None
+    unit: torch.Tensor
+
+
 def losses(
-    embeddings: torch.Tensor,
+    views: tuple[torch.Tensor, ...],
     labels: torch.Tensor,
     sizes: list[int],
     prototypes,
     head: Callable,
     margin: Margin,
+    criterion: Criterion = Criterion(),
     **wanted,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Loss per sample [B], cosine to the own prototype [B] and weight in the mean [B] (None: equal) of the gathered
-    batch, equal on every rank.
+) -> Losses:
+    """The loss terms of a (micro-)batch.
 
-    embeddings [b, D] of this rank, with gradient, not normalised; labels [B] of all ranks in rank order; wanted: what
-    only some prototypes understand (`keys`, `observe` of a memory).
+    views: one or two embeddings [b, D] of this rank's images, with gradient, not normalised; prototypes are made from the
+    first. labels [B] of all ranks in rank order; wanted: `keys` [B, D] and `observe` for the prototypes.
     """
-    gathered = distributed.gather_with_grad(embeddings, sizes)
-    x = F.normalize(gathered, dim=1)
-    columns = prototypes.columns(labels, gathered, **wanted)
-    cos_y, lse_neg = head(x, columns, margin.scale, margin.negatives)
-    return objective(margin.scale * margin.target(cos_y), lse_neg), cos_y.detach(), columns.weight
+    gathered = distributed.gather_with_grad(torch.cat(views, 1), sizes).chunk(len(views), 1)
+    norm = torch.cat([distributed.replicated(v.norm(dim=1), g.detach().norm(dim=1), sizes) for v, g in zip(views, gathered)])
+    x = F.normalize(torch.cat(gathered), dim=1)  # [V B, D]
+    unit = x[: len(labels)].detach()
+    columns = prototypes.columns(labels, gathered[0], **wanted)
+    terms = [(columns, margin)]
+    if (empirical := prototypes.empirical) is not None:
+        empirical.see(labels, unit, before=True)
+        if empirical.active:
+            terms.append((empirical.columns(labels), empirical.margin(margin)))
+    found = [criterion(x, norm, c.repeat(len(views)), head, m) for c, m in terms]
+    if (nearest := columns.nearest) is not None:
+        nearest.cos, nearest.row = nearest.cos[: len(labels)], nearest.row[: len(labels)]
+    per_row = torch.stack([loss for loss, _ in found]).mean(0)
+    return Losses(per_row.view(len(views), -1).mean(0), found[0][1][: len(labels)].detach(), columns.weight, unit)
 
 
 def gather_labels(parts: list[MicroBatch]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
@@ -90,24 +116,25 @@ def gather_labels(parts: list[MicroBatch]) -> tuple[list[torch.Tensor], torch.Te
 
 
 def encode(
-    part: MicroBatch, encoder: torch.nn.Module, prototypes, extras: Extras, prepare: Callable, autocast: Callable
-) -> tuple[torch.Tensor, dict]:
-    """(embeddings [b, D] in fp32, with gradient; what a memory wants beside them) of a micro-batch."""
+    part: MicroBatch, encoder: torch.nn.Module, prototypes, extras: Extras, prepare: Callable, autocast: Callable, views: int = 1
+) -> tuple[tuple[torch.Tensor, ...], dict]:
+    """(`views` embeddings [b, D] in fp32, with gradient; what a memory wants beside them) of a micro-batch."""
 
-    def run(module, images):
+    def run(module, images, *how):
         with autocast():
-            out = module(prepare(images))
-        return out.float() if out.dtype in (torch.float16, torch.bfloat16) else out
+            out = module(prepare(images), *how)
+        outs = out if isinstance(out, tuple) else (out,)
+        return tuple(o.float() if o.dtype in (torch.float16, torch.bfloat16) else o for o in outs)
 
-    embeddings, wanted = run(encoder, part.images), {}
+    embeddings, wanted = run(encoder, part.images, *((views,) if views > 1 else ())), {}
     with torch.no_grad():
         if extras.key_encoder is not None:
-            wanted["keys"] = distributed.gather_rows(run(extras.key_encoder, part.images), part.sizes)
+            wanted["keys"] = distributed.gather_rows(run(extras.key_encoder, part.images)[0], part.sizes)
         if extras.copies is not None:
             copies, maker = extras.copies(part.images), extras.key_encoder or extras.encoder
             # With the running statistics: in the batch they would shift its own, and alone be normalised to look like any.
             with evaluating(maker):
-                prototypes.quality.see(run(maker, copies) if len(copies) else embeddings[:0], extras.total)
+                prototypes.quality.see(run(maker, copies)[0] if len(copies) else embeddings[0][:0], extras.total)
     return embeddings, wanted
 
 
@@ -130,6 +157,8 @@ def forward_backward(
     margin: Margin,
     step: int,
     *,
+    criterion: Criterion = Criterion(),
+    contrast=None,
     prepare: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
     autocast: Callable = contextlib.nullcontext,
     scale_loss: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
@@ -139,35 +168,72 @@ def forward_backward(
     """Gradients of the mean loss over the global batch of one step, however it is cut into micro-batches and ranks.
 
     `encoder` is the DDP module when there are several ranks; `prepare` turns uint8 images into the encoder's input;
-    `extras` and `observe` (collect statistics) are for a prototype memory, which takes a step as a single micro-batch.
+    `contrast` (protomem/objective/contrast.py) draws two views together, from the step on where it is active; `observe`:
+    collect statistics. A prototype memory takes a step as a single micro-batch.
     Returns 0-d tensors that are not read back: loss and mean cos_y, equal on every rank, the mean embedding norm of this
-    rank's images, and what the memory reports.
+    rank's images, and what prototypes and regularisers report.
     """
     labels, quality = gather_labels(parts)
     # Before the encoder: a memory plans with the labels alone.
     prototypes.begin_step(torch.cat(labels), step, *(() if quality is None else (quality,)))
     count = sum(len(part) for part in labels)
-    stats = {}
+    contrast = contrast if contrast is not None and contrast.active(step) else None
+    stats, seen = {}, []
+
+    def add(name, value):
+        stats[name] = stats[name] + value if name in stats else value
+
     for k, (part, part_labels) in enumerate(zip(parts, labels)):
         last = k == len(parts) - 1
         with contextlib.nullcontext() if last or not hasattr(encoder, "no_sync") else encoder.no_sync():
-            embeddings, wanted = encode(part, encoder, prototypes, extras, prepare, autocast)
-            if observe:
-                wanted["observe"] = True
-            per_sample, cos_y, weight = losses(embeddings, part_labels, part.sizes, prototypes, head, margin, **wanted)
-            if weight is None:
-                loss = per_sample.sum() / count
-            else:
-                per_sample = per_sample * weight
-                loss = per_sample.sum() / weight.sum().clamp_min(1e-12)
-            scale_loss(loss).backward()
-        norm = embeddings.detach().norm(dim=1).sum() / sum(len(p.labels) for p in parts)
-        own = cos_y.sum() / count if weight is None else (cos_y * weight).sum() / weight.sum().clamp_min(1e-12)
-        for name, value in {"loss": loss.detach(), "cos_y": own, "norm": norm}.items():
-            stats[name] = stats[name] + value if name in stats else value
+            views, wanted = encode(part, encoder, prototypes, extras, prepare, autocast, 1 if contrast is None else 2)
+            keys = wanted.get("keys")
+            found = losses(
+                views,
+                part_labels,
+                part.sizes,
+                prototypes,
+                head,
+                margin,
+                criterion,
+                observe=observe,
+                **wanted,
+            )
+            per_sample, weight = found.per_sample, found.weight
+            total = per_sample.sum() / count if weight is None else _weighted_mean(per_sample, weight)
+            add("loss", total.detach())
+            # Regularisers are computed by each rank from its own rows, as a sum over them / B.
+            own = [distributed.local_rows(view) for view in views]
+            if margin.penalty is not None:
+                term = sum(margin.penalty(view.norm(dim=1)).sum() for view in own) / len(own) / count
+                total, _ = total + term, add("norm_penalty", distributed.all_reduce(term.detach().clone()))
+            if contrast is not None:
+                term = contrast(*own, part.labels, part_labels, part.sizes) / count
+                total, _ = total + term, add("contrast", distributed.all_reduce(term.detach().clone()))
+            scale_loss(total).backward()
+        add("norm", views[0].detach().norm(dim=1).sum() / sum(len(p.labels) for p in parts))
+        add("cos_y", found.cos_y.sum() / count if weight is None else _weighted_mean(found.cos_y, weight))
+        seen.append((found.unit if keys is None else F.normalize(keys, dim=1), part_labels, part.sizes))
+    for name in ("norm_penalty", "contrast"):
+        stats["loss"] = stats["loss"] + stats.get(name, 0)
+    prototypes.after_step(*_in_batch_order(seen))
     if observe:
-        stats |= prototypes.statistics(per_sample)
+        stats |= prototypes.statistics(per_sample if weight is None else per_sample * weight)
     return stats
+
+
+def _weighted_mean(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (values * weight).sum() / weight.sum().clamp_min(1e-12)
+
+
+def _in_batch_order(parts: list[tuple[torch.Tensor, torch.Tensor, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(labels [B], unit embeddings [B, D]) of a step in the order of the global batch, however it was cut: each part has the
+    rows of rank 0, then of rank 1, ..."""
+    if len(parts) == 1:
+        return parts[0][1], parts[0][0]
+    cut = [list(zip(labels.split(sizes), unit.split(sizes))) for unit, labels, sizes in parts]
+    ordered = [part[r] for r in range(len(parts[0][2])) for part in cut]
+    return torch.cat([labels for labels, _ in ordered]), torch.cat([unit for _, unit in ordered])
 
 
 @torch.no_grad()
@@ -175,5 +241,5 @@ def enqueue(part: MicroBatch, encoder, prototypes, *, prepare: Callable, autocas
     """Make a batch's prototypes and store them in a memory, without learning anything. `encoder`: not the DDP module."""
     (labels,), quality = gather_labels([part])
     prototypes.begin_step(labels, 0, quality)
-    embeddings, wanted = encode(part, encoder, prototypes, extras, prepare, autocast)
+    (embeddings,), wanted = encode(part, encoder, prototypes, extras, prepare, autocast)
     prototypes.columns(labels, distributed.gather_rows(embeddings, part.sizes), **wanted)

@@ -21,7 +21,6 @@ from protomem.errors import UserError
 from protomem.evaluate.extract import evaluate_bins
 from protomem.memory_run import MemoryRun
 from protomem.metrics import RunLog
-from protomem.objective.margins import build_margin
 from protomem.report import save_evaluation, write_report
 from protomem.schedule import learning_rate
 from protomem.seeds import mix
@@ -49,14 +48,18 @@ class Run:
         self._plan()
         self.encoder = build.encoder_from(config, self.device)
         self.prototypes = build.prototypes_from(config, self.records.num_classes, self.device, self.total)
-        self.optimizers = build.optimizers_from(config, self.encoder, self.prototypes)
+        self.criterion = build.criterion_from(config, self.prototypes.num_identities, self.device)
+        self.contrast = build.contrast_from(config, self.epoch_steps, self.device)
+        self.optimizers = build.optimizers_from(config, self.encoder, self.prototypes, self.criterion)
         self.scaler = optim.LossScaler(self.device) if config.encoder.precision == "fp16" else None
-        self.margin = build_margin(**config.margin)
+        self.margin = build.margin_from(config)
         self.head = build.head_from(config)
+        self.key_encoder = build.key_encoder_from(config, self.encoder)
+        self.extras = Extras(encoder=self.encoder, key_encoder=self.key_encoder)
         self.memory = None
         if config.prototypes.source == "memory":
             rows = distributed.batch_bounds(config.train.batch_size, context.rank, context.world_size, self.sampler.together)
-            self.memory = MemoryRun(config, self.prototypes, self.sampler, self.encoder, self.records, rows, self.device)
+            self.memory = MemoryRun(config, self.prototypes, self.sampler, self.extras, self.records, rows, self.device)
         self.sets = checks.pair_sets(config)
         checks.batchnorm(config, self.encoder, self.parts)
 
@@ -99,12 +102,13 @@ class Run:
             # Groups are a function of these; a look-alike table and an averaged encoder are there or not.
             "group": [self.sampler.groups, self.sampler.passes] if c.data.sampler.name == "group" else None,
             "look_alikes": c.data.sampler.pick == "look_alike",
-            "key_encoder": c.prototypes.memory.key_encoder > 0,
+            "key_encoder": self.key_encoder is not None,
         }
 
     def _modules(self) -> dict[str, torch.nn.Module]:
-        more = self.memory.modules() if self.memory else {}
-        return {"encoder": self.encoder, "prototypes": self.prototypes, **more}
+        more = {"contrast": self.contrast, "key_encoder": self.key_encoder}
+        all_of_them = {"encoder": self.encoder, "prototypes": self.prototypes, "criterion": self.criterion, **more}
+        return {name: module for name, module in all_of_them.items() if module is not None}
 
     def resume(self) -> Path | None:
         found, restarted = None, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -288,7 +292,7 @@ class Run:
         return {
             "prepare": lambda x: normalise(x, channels_last=c.encoder.channels_last),
             "autocast": lambda: torch.autocast(self.device.type, dtype=half, enabled=half is not None),
-            "extras": self.memory.extras if self.memory else Extras(),
+            "extras": self.extras,
         }
 
     def _enqueue(self, part: MicroBatch, step: int) -> None:
@@ -334,12 +338,16 @@ class Run:
             self.margin,
             self.step,
             scale_loss=self.scaler.scale if self.scaler else lambda loss: loss,
-            observe=shown and self.memory is not None,
+            observe=shown,
+            criterion=self.criterion,
+            contrast=self.contrast,
             **self._forms(),
         )
         stats["lr"] = lr
         if self._update(stats):
             self.finite *= torch.isfinite(stats["loss"])
+        if self.key_encoder is not None:
+            self.key_encoder.update()
         if self.memory:
             self.memory.after_step()
         self.step += 1
@@ -349,7 +357,8 @@ class Run:
 
     def _update(self, stats: dict) -> bool:
         """Clip and step; False if an fp16 overflow made all ranks skip this step."""
-        encoder_params = [p for p in self.encoder.parameters() if p.grad is not None]
+        # Equal on all ranks, the encoder's by DDP, the criterion's because every rank computes them alike.
+        encoder_params = [p for p in (*self.encoder.parameters(), *self.criterion.parameters()) if p.grad is not None]
         gradient = self.prototypes.gradient()
         shard = [] if gradient is None else [gradient]
         if self.scaler:

@@ -231,7 +231,7 @@ def test_an_overflowed_step_leaves_no_trace():
             x.requires_grad_()
             memory.quality.see(x[:3], 3)
             memory.begin_step(labels, step)
-            loss = losses(x, labels, [10], memory, blocked_head, build_margin("cosface", scale=8.0), observe=True)[0].mean()
+            loss = losses((x,), labels, [10], memory, blocked_head, build_margin("cosface", scale=8.0), observe=True).per_sample.mean()
             loss.backward()
             if step != 3:
                 assert loss.isfinite() and x.grad.isfinite().all(), (estimator, step)

@@ -52,8 +52,10 @@ class Encoder(nn.Module):
         with torch.autocast(flat.device.type, enabled=False):
             return self.features(self.fc(self.dropout(flat.to(self.fc.weight.dtype))))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.embed(self.pre_fc(images))
+    def forward(self, images: torch.Tensor, views: int = 1) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """[b,D], or with `views` > 1 so many [b,D] that differ by their dropout alone."""
+        flat = self.pre_fc(images)
+        return self.embed(flat) if views == 1 else tuple(self.embed(flat) for _ in range(views))
 
     def run_block(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """block(x); with checkpointing its activations are recomputed in backward instead of kept."""

@@ -12,7 +12,7 @@ Legend: B global batch, C prototype rows of this rank (may be 0), D feature size
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable
 
 import torch
@@ -95,6 +95,13 @@ class Columns:
     live: Live | None = None
     weight: torch.Tensor | None = None
     nearest: Nearest | None = None
+
+    def repeat(self, views: int) -> Columns:
+        """The same prototypes for several views of the batch, one below the other: [views * B] rows."""
+        if views == 1:
+            return self
+        each = {name: getattr(self, name) for name in ("target", "own", "uses_own", "weight")}
+        return replace(self, **{name: torch.cat([v] * views) for name, v in each.items() if v is not None})
 
 
 @dataclass(frozen=True)

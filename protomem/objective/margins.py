@@ -8,34 +8,45 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Mapping
 
 import torch
 
 from protomem.errors import UserError
 from protomem.head import Negatives
+from protomem.objective.magface import magnitude_margin
 
 BEYOND_PI = ("threshold", "easy", "plain", "raw", "monotone")
 
 
 @dataclass(frozen=True)
 class Margin:
-    """scale s; target phi: cos_y [B] -> [B] (z_y = s phi); negatives: their rule, None for z_j = s cos_j."""
+    """scale s; target phi: (cos_y [B], embedding norms [B], both with a graph) -> [B], so that z_y = s phi; negatives: their
+    rule, None for z_j = s cos_j; penalty: norms [b] -> [b], a regulariser on each rank's own rows, None: none."""
 
     scale: float
-    target: Callable[[torch.Tensor], torch.Tensor]
+    target: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     negatives: Negatives | None = None
+    penalty: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
-def add_angle(cos: torch.Tensor, m: float) -> torch.Tensor:
+def _cos(m: float | torch.Tensor):
+    return m.cos() if isinstance(m, torch.Tensor) else math.cos(m)
+
+
+def _sin(m: float | torch.Tensor):
+    return m.sin() if isinstance(m, torch.Tensor) else math.sin(m)
+
+
+def add_angle(cos: torch.Tensor, m: float | torch.Tensor) -> torch.Tensor:
     """cos(t + m) from cos t, without acos: its derivative sin(t + m) / sin t stays finite in the closed range."""
     # 1e-12 keeps the square root's derivative finite where |cos| = 1; it moves values by at most 1e-6 sin(m) there.
     sine = (1 - cos * cos).clamp_min(1e-12).sqrt()
-    return cos * math.cos(m) - sine * math.sin(m)
+    return cos * _cos(m) - sine * _sin(m)
 
 
-def angular(cos: torch.Tensor, m: float, beyond_pi: str) -> torch.Tensor:
-    """cos(t + m) [B] with a rule for t + m > pi, where the cosine would rise again.
+def angular(cos: torch.Tensor, m: float | torch.Tensor, beyond_pi: str) -> torch.Tensor:
+    """cos(t + m) [B] with a rule for t + m > pi, where the cosine would rise again. m: a number, or one per sample [B].
 
     threshold: cos t - m sin m there (ArcFace's first code). easy: no margin where cos t <= 0. plain: no margin beyond
     pi. raw: cos(t + m) everywhere. monotone: -cos(t + m) - 2 there (continuous and falling, as SphereFace continues).
@@ -45,8 +56,8 @@ def angular(cos: torch.Tensor, m: float, beyond_pi: str) -> torch.Tensor:
         return shifted
     if beyond_pi == "easy":
         return torch.where(cos > 0, shifted, cos)
-    inside = cos > math.cos(math.pi - m)
-    beyond = {"threshold": cos - m * math.sin(m), "plain": cos, "monotone": -shifted - 2}[beyond_pi]
+    inside = cos > -_cos(m)
+    beyond = {"threshold": cos - m * _sin(m), "plain": cos, "monotone": -shifted - 2}[beyond_pi]
     return torch.where(inside, shifted, beyond)
 
 
@@ -76,9 +87,10 @@ def build_margin(
     gradient: str = "true",
     beyond_pi: str = "threshold",
     filter_above: float = 0.0,
+    magnitude: Mapping = {},
 ) -> Margin:
     """A margin by name: softmax (none), cosface (m, default 0.4), arcface (m, default 0.5), combined
-    (m1, m2, m3: 1, 0.5, 0 where not given; m2 in radians).
+    (m1, m2, m3: 1, 0.5, 0 where not given; m2 in radians), magface (`magnitude`: the arguments of protomem/objective/magface.py).
 
     gradient: `true`, or `straight_through` (value of phi, derivative 1), which is what insightface's ArcFace trains with.
     beyond_pi: see `angular`; `monotone` is the only rule that is defined for m1 != 1. filter_above: inter-class filter
@@ -88,13 +100,18 @@ def build_margin(
         raise UserError(f"margin.gradient={gradient} is not one of true, straight_through")
     if beyond_pi not in BEYOND_PI:
         raise UserError(f"margin.beyond_pi={beyond_pi} is not one of {', '.join(BEYOND_PI)}")
-    if name not in ("softmax", "cosface", "arcface", "combined"):
-        raise UserError(f"margin.name={name} is not one of softmax, cosface, arcface, combined")
-    takes = {"softmax": (), "cosface": ("m",), "arcface": ("m",), "combined": ("m1", "m2", "m3")}[name]
+    takes = {"softmax": (), "cosface": ("m",), "arcface": ("m",), "combined": ("m1", "m2", "m3"), "magface": ()}
+    if name not in takes:
+        raise UserError(f"margin.name={name} is not one of {', '.join(takes)}")
+    takes = takes[name]
     for key, value in {"m": m, "m1": m1, "m2": m2, "m3": m3}.items():
         if value is not None and key not in takes:
             cure = f"it takes {', '.join(takes)}" if takes else "remove it"
             raise UserError(f"margin.{key} has no effect on margin.name={name}; {cure}")
+    negatives = interclass_filter(filter_above) if filter_above > 0 else None
+    if name == "magface":
+        target, penalty = magnitude_margin(angular, beyond_pi=beyond_pi, **magnitude)
+        return Margin(scale, target, negatives, penalty)
     if name == "combined":
         m1, m2, m3 = 1.0 if m1 is None else m1, 0.5 if m2 is None else m2, 0.0 if m3 is None else m3
     else:
@@ -106,7 +123,7 @@ def build_margin(
     if m1 != 1 and beyond_pi != "monotone":
         raise UserError(f"margin.m1={m1}: beyond_pi={beyond_pi} is undefined for m1 != 1; set margin.beyond_pi=monotone")
 
-    def target(cos: torch.Tensor) -> torch.Tensor:
+    def target(cos: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         phi = cos
         if m1 != 1:
             phi = multiplied(cos, m1, m2)
@@ -115,4 +132,4 @@ def build_margin(
         phi = phi - m3
         return phi if gradient == "true" else cos + (phi - cos).detach()
 
-    return Margin(scale, target, interclass_filter(filter_above) if filter_above > 0 else None)
+    return Margin(scale, target, negatives)

@@ -37,15 +37,26 @@ class ClassifierShard(nn.Module):
         self.first, self.last = distributed.shard_bounds(num_identities, distributed.rank(), distributed.world_size())
         self.weight = nn.Parameter(initial_rows(self.first, self.last, embedding_size, std, seed))
         self.sink = GradSink()
+        self.empirical = None  # EPL's second prototypes, if there are any
 
     def begin_step(self, labels: torch.Tensor, step: int) -> None:
         """Start a step whose global batch (all of its micro-batches) has these labels [B]."""
         self.weight.grad = self.sink.begin(self.weight.detach())
 
-    def columns(self, labels: torch.Tensor, embeddings: torch.Tensor | None = None) -> Columns:
-        """This rank's prototypes for a (micro-)batch with the gathered labels [B]; they do not depend on embeddings."""
+    def columns(self, labels: torch.Tensor, embeddings=None, keys=None, observe: bool = False) -> Columns:
+        """This rank's prototypes for a (micro-)batch with the gathered labels [B]; they do not depend on the embeddings, as
+        a memory's do."""
         mine = (labels >= self.first) & (labels < self.last)
         return Columns(self.weight.detach(), torch.where(mine, labels - self.first, -1), self.sink)
+
+    def after_step(self, labels: torch.Tensor, unit: torch.Tensor) -> None:
+        """End a step whose global batch had these labels [B] and unit embeddings [B, D]."""
+        if self.empirical is not None:
+            self.empirical.see(labels, unit, before=False)
+
+    def statistics(self, per_sample: torch.Tensor) -> dict[str, torch.Tensor]:
+        """0-d tensors about the step that has just ended, equal on every rank, for a logged step. per_sample [B]: loss."""
+        return {}
 
     def gradient(self) -> torch.Tensor:
         """The shard's gradient of this step [C, D] (for clipping and loss scaling, in place)."""

@@ -59,6 +59,7 @@ class PrototypeMemory(nn.Module):
     """
 
     row_sparse = False
+    empirical = None  # EPL's second prototypes would be the memory itself
 
     def __init__(
         self,
@@ -202,6 +203,9 @@ class PrototypeMemory(nn.Module):
             if self.size % self.world == self.rank:
                 self.store[self.size // self.world] = F.normalize(self.quality.ui, dim=0).to(self.store.dtype)
             self.filled[self.size] = (self.quality.ui != 0).any()
+
+    def after_step(self, labels: torch.Tensor, unit: torch.Tensor) -> None:
+        """End a step whose global batch had these labels [B] and unit embeddings [B, D]."""
 
     def gradient(self) -> torch.Tensor | None:
         """Gradient of this rank's rows [R, D], for clipping and loss scaling in place; None: they are constants."""

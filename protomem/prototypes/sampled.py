@@ -35,7 +35,7 @@ class SampledShard(ClassifierShard):
         self.active = self.weight.detach()[self.index]
         self.weight.row_grad = (self.index, self.sink.begin(self.active))
 
-    def columns(self, labels: torch.Tensor, embeddings: torch.Tensor | None = None) -> Columns:
+    def columns(self, labels: torch.Tensor, embeddings=None, keys=None, observe: bool = False) -> Columns:
         mine = (labels >= self.first) & (labels < self.last)
         if not len(self.index):
             return Columns(self.active, torch.full_like(labels, -1), self.sink)
