@@ -16,10 +16,8 @@ unrecognizable is made anew for every run, from 256 destroyed copies of these im
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -33,6 +31,7 @@ import torch
 from scipy.stats import spearmanr
 
 from benchmarks.common import write_csv
+from benchmarks.study import finished, final_figures, summary
 from protomem.commands import load_run
 from protomem.data.faces import ImageOptions, write_face_pairs, write_face_set
 from protomem.data.pairs import read_bin, write_bin
@@ -40,7 +39,6 @@ from protomem.data.pipeline import eval_batches, normalise
 from protomem.data.records import open_records
 from protomem.data.unrecognizable import destroy
 from protomem.evaluate.extract import extract
-from protomem.metrics import read_metrics
 from protomem.quality import Quality
 
 SOFT = ["quality.estimator=recognizability", "quality.usage=soft"]
@@ -88,13 +86,8 @@ def one_run(work: Path, bins: list[Path], share: float, seed: int, method: str, 
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{folder.name} failed:\n{(done.stdout + done.stderr)[-2000:]}")
-    records = read_metrics(folder)
     row = {"share": share, "seed": seed, "method": method, "steps": steps}
-    for name in PAIRS:
-        (final,) = (r for r in records if r.get("event") == "evaluation" and r["tag"] == "final" and r["name"] == name)
-        row |= {f"{name} {key}": final[key] for key in ("accuracy", "tar@1e-2", "tar@1e-3")}
-    row["loss"] = [record for record in records if "loss" in record][-1]["loss"]
-    return row | correlations(folder, training_set(work, RANKED))
+    return row | final_figures(folder, PAIRS) | correlations(folder, training_set(work, RANKED))
 
 
 @torch.no_grad()
@@ -114,38 +107,6 @@ def correlations(run: Path, data: Path) -> dict[str, float]:
         scores = quality.scores(embeddings).numpy()
         for name, rows in (("all", truth >= 0), ("degraded", truth < 1)):
             out[f"spearman {estimator} {name}"] = float(spearmanr(scores[rows], truth[rows]).statistic)
-    return out
-
-
-def finished(path: Path) -> list[dict]:
-    """Rows of an earlier call, with numbers as numbers."""
-    rows = []
-    for line in csv.DictReader(path.open()) if path.exists() else ():
-        row = {}
-        for name, value in line.items():
-            try:
-                row[name] = int(value) if value.isdecimal() else float(value)
-            except ValueError:
-                row[name] = value
-        rows.append(row)
-    return rows
-
-
-def summary(rows: list[dict]) -> list[dict]:
-    """Mean and sample standard deviation over the seeds."""
-    out = []
-    figures = [name for name in rows[0] if name == "loss" or name.split(" ")[0] in (*PAIRS, "spearman")]
-    for share in sorted({row["share"] for row in rows}):
-        for method in METHODS:
-            found = [row for row in rows if row["share"] == share and row["method"] == method]
-            if not found:
-                continue
-            line = {"share": share, "method": method, "seeds": len(found)}
-            for name in figures:
-                values = [row[name] for row in found]
-                line |= {f"{name} mean": statistics.fmean(values)}
-                line |= {f"{name} std": statistics.stdev(values) if len(values) > 1 else ""}
-            out.append(line)
     return out
 
 
@@ -205,7 +166,8 @@ def main() -> None:
             which = f"{100 * row['share']:.0f} % degraded, seed {row['seed']}, {row['method']}"
             print(f"{number}/{len(todo)}  {which}: {figures}")
             write_csv(table, rows)
-    lines = summary([row for row in rows if tuple(row[name] for name in KEY) in set(wanted)])
+    rows = [row for row in rows if tuple(row[name] for name in KEY) in set(wanted)]
+    lines = summary(rows, ("share", "method"), METHODS, PAIRS)
     write_csv(options.out / "quality_study_summary.csv", lines)
     plot(lines, options.out / "quality_study.png")
 

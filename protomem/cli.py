@@ -56,6 +56,34 @@ def evaluate(
 
 
 @app.command()
+def templates(
+    run: Annotated[Path, typer.Argument(help="A run's output folder (its last checkpoint) or a checkpoint folder.")],
+    data: Annotated[str, typer.Argument(help="A labelled set; with --lists: the folder of the aligned images.")],
+    lists: Annotated[
+        Optional[tuple[Path, Path]],
+        typer.Option(help="An IJB protocol's two lists: `image template medium` and `template template same`."),
+    ] = None,
+    images_per_template: Annotated[int, typer.Option(min=1, help="Without lists: images of each template.")] = 4,
+    pairs: Annotated[int, typer.Option(min=1, help="Without lists: most genuine and most impostor pairs.")] = 10_000,
+    pooling: Annotated[
+        list[str], typer.Option(help="mean, norm (magnitude-weighted, as MagFace pools) or quality; may be repeated.")
+    ] = ["mean", "norm"],
+    flip: Annotated[bool, typer.Option(help="Add the embedding of the mirrored image (the field's flip-sum).")] = False,
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+):
+    """Verify templates: the images of each pooled into one embedding, by their norm among others. TAR@FAR, AUC, EER."""
+    from protomem import commands
+    from protomem.evaluate.templates import POOLINGS
+
+    if wrong := [p for p in pooling if p not in POOLINGS]:
+        raise UserError(f"--pooling {wrong[0]} is not one of {', '.join(POOLINGS)}")
+    options = dict(flip=flip, batch_size=batch_size, device=device, json_output=json_output)
+    commands.templates(run, data, lists=lists, images=images_per_template, pairs=pairs, poolings=pooling, **options)
+
+
+@app.command()
 def embed(
     run: Annotated[Path, typer.Argument(help="A run's output folder (its last checkpoint) or a checkpoint folder.")],
     data: Annotated[str, typer.Argument(help="RecordIO set, class folders or tar shards.")],

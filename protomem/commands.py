@@ -1,4 +1,4 @@
-"""What `protomem evaluate` and `protomem embed` do."""
+"""What `protomem evaluate`, `templates` and `embed` do."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from protomem.data.records import open_records
 from protomem.errors import UserError
 from protomem.files import replace_file
 from protomem.evaluate.extract import evaluate_bins, extract
+from protomem.evaluate.templates import random_protocol, read_protocol, verify_templates
 from protomem.metrics import event_line
 
 
@@ -50,6 +51,49 @@ def evaluate(run: Path, pairs: list[Path], *, flip: bool, batch_size: int, devic
         elif context.is_main:
             for name, result in results.items():
                 print(event_line("evaluation", {"step": info["step"], "name": name, **result.summary()}))
+    finally:
+        distributed.shutdown()
+
+
+def templates(
+    run: Path,
+    data: str,
+    *,
+    lists: tuple[Path, Path] | None,
+    images: int,
+    pairs: int,
+    poolings: list[str],
+    flip: bool,
+    batch_size: int,
+    device: str,
+    json_output: bool,
+) -> None:
+    column = None
+    if lists:
+        names, protocol = read_protocol(*lists)
+        missing = [name for name in names if not (Path(data) / name).is_file()]
+        if missing:
+            raise UserError(f"{Path(data) / missing[0]} does not exist, but {lists[0]} lists it (and {len(missing) - 1} more)")
+        encoded = [(Path(data) / name).read_bytes() for name in names]
+    else:
+        records = open_records(data)
+        protocol = random_protocol(records.labels, images, pairs)
+        encoded = [records.bytes(i) for i in range(len(records))]
+        column = records.column("quality") if "quality" in poolings else None
+    if "quality" in poolings and lists:
+        raise UserError("--pooling quality needs a set with train.quality.npy, not lists; use mean and norm")
+    context = distributed.init(device)
+    try:
+        settings, encoder, info = load_run(run, context.device)
+        options = dict(precision=settings.encoder.precision, flip=flip, size=settings.data.size, backend=settings.data.loader)
+        found = extract(encoder, encoded, device=context.device, batch_size=batch_size, **options)
+        results = {pooling: verify_templates(found, protocol, pooling, column) for pooling in poolings}
+        if context.is_main and json_output:
+            print(json.dumps(results, indent=1))
+        elif context.is_main:
+            for name, result in results.items():
+                values = {"step": info["step"], "pooling": name, **result, "pairs": len(protocol.same)}
+                print(event_line("templates", values))
     finally:
         distributed.shutdown()
 

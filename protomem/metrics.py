@@ -190,6 +190,11 @@ def event_line(kind: str, values: dict) -> str:
             value = rest.get(key, math.nan)
             parts.append(f"{name} " + ("-" if math.isnan(value) else f"{100 * value:.2f} %"))
         return "  ".join(parts)
+    if kind == "templates":
+        parts.append(f"pooled by {rest['pooling']}")
+        for key, name in (("tar@1e-2", "TAR@FAR=1e-2"), ("tar@1e-3", "TAR@FAR=1e-3"), ("auc", "AUC"), ("eer", "EER")):
+            parts.append(f"{name} " + ("-" if math.isnan(rest[key]) else f"{100 * rest[key]:.2f} %"))
+        return "  ".join([*parts, f"{rest['pairs']} pairs"])
     parts += [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items()]
     return "  ".join(parts)
 
