@@ -1,7 +1,7 @@
 """Colour of visible samples: skin, brows, lips, irises, beard, marks, hair, and their shading.
 
-Only +, -, *, /, sqrt, comparisons and table look-ups are used, each its own elementwise operation, so float32 gives the
-same bits on every machine. Colours are [3, N]; sRGB is approximated by its square root law (linear = sRGB squared).
+Only +, -, *, /, sqrt, comparisons and table look-ups are used, each its own elementwise operation, so that float32 should
+give the same bits everywhere (see `render_faces` about where it does not yet). Colours are [3, N]; sRGB is approximated by its square root law (linear = sRGB squared).
 Suffix legend: `N` samples, `n` pictures. Lengths in dm of the base head.
 """
 

@@ -2,7 +2,7 @@
 
 Severities are in 0..1, columns as scene.DEGRADATIONS. In the order of the physical chain: occlusion, low light, blur,
 down-sampling, sensor noise, compression. Pictures are linear light on entry and 8-bit sRGB on exit; integer weights
-below 2**24 (or an explicit order of operations) keep every pixel the same on every machine.
+below 2**24 (or an explicit order of operations) are there to keep every pixel the same everywhere.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Vertices arrive on a grid of 1/64 sample, so that "inside" is decided exactly; everything else is elementwise float
 arithmetic (add, multiply, divide), which IEEE 754 fixes to the last bit. The result
-is the same on every machine and does not depend on which pictures share the batch.
+does not depend on which pictures share the batch.
 Triangles become rows, rows become spans of samples, and every sample bids for its cell of the depth buffer.
 Arguments are vertex-major ([V, n]): gathering by vertex then copies contiguous rows. `M` triangles that face the
 camera, `R` their rows, `S` samples in these, `N` visible samples.

@@ -56,9 +56,9 @@ def render_faces(
     """Draw picture `images[i]` of person `identities[i]`: uint8 [n, size, size, 3] RGB on the CPU, aligned to the
     ArcFace template, and the truth about each picture.
 
-    A pure function of (seed, identity, image, size, spread, options): not of the batch, the order, the threads or the
-    machine. Pixels are equal bit for bit on CPUs (a test holds their hash); the arithmetic is arranged so that a GPU
-    gives the same, which nobody has measured yet. identities and images are integers [n]; `size` is a multiple of 16.
+    A pure function of (seed, identity, image, size, spread, options): not of the batch, the order or the threads. The
+    arithmetic is arranged so that every machine should give the same pixels. It is not so yet: an AMD EPYC and an Intel
+    Xeon differ in a few (a test holds both hashes), the cause is not found, and no GPU was measured. identities and images are integers [n]; `size` is a multiple of 16.
     The truth is a dict of float32 [n]: `quality` in 0..1 (1 = clean; degrade.quality), `yaw` and `pitch` in degrees,
     and the severity in 0..1 of each degradation: blur, downsample, noise, occlusion, compression, low_light."""
     identities, images = np.atleast_1d(identities).astype(np.int64), np.atleast_1d(images).astype(np.int64)
