@@ -61,12 +61,15 @@ def scaled(method: str, steps: int) -> list[str]:
     empirical = [f"prototypes.empirical.start_epoch={epochs / 7:.3f}"]
     contrast = [f"contrast.start_epoch={epochs / 3:.3f}", "contrast.dropout=0.4", "encoder.dropout=0.2"]
     magnitude = [f"margin.magnitude.{k}" for k in ("lower=5", "upper=55", "weight=8.75")] + ["encoder.dropout=0.2"]
+    memory = ["prototypes.memory.size=192"]  # nearly all of the 200 people: slots of others would stay empty
     own = {
+        "prototype_memory": memory,
+        "quality_aware_prototype_memory": memory,
         "vpl_arcface": injection,
         "epl_cosface": empirical,
         "magface": magnitude,
         "coreface": contrast,
-        "magface_qapm_vpl": injection + magnitude,
+        "magface_qapm_vpl": memory + injection + magnitude,
         "coreface_epl": empirical + contrast,
     }
     return ["margin.scale=32", *own.get(method, ())]
