@@ -61,12 +61,12 @@ def contrast(config: DictConfig, loss, total_steps: int, parts: list[list[tuple[
     c = config.contrast
     if loss.start >= total_steps:
         raise UserError(
-            f"contrast.start_epoch={c.start_epoch:g} is step {loss.start} of only {total_steps}, so it would never begin; lower it, "
-            "or train longer"
+            f"contrast.start_epoch={c.start_epoch:g} is step {loss.start} of only {total_steps}, so it would never begin; "
+            "lower it, or train longer"
         )
     rows = [b - a for a, b in parts[0]]
     if (min(rows) if c.negatives == "local" else sum(rows)) < 2 * together:
         raise UserError(
-            f"train.batch_size={config.train.batch_size} with contrast.negatives={c.negatives} leaves a single identity, which has no "
-            "negatives; raise it" + (", or set contrast.negatives=global" if c.negatives == "local" else "")
+            f"train.batch_size={config.train.batch_size} with contrast.negatives={c.negatives} leaves a single identity, "
+            "which has no negatives; raise it" + (", or set contrast.negatives=global" if c.negatives == "local" else "")
         )
