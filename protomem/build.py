@@ -17,6 +17,7 @@ from protomem.encoder.ema import EmaEncoder
 from protomem.encoder.weights import load_weights
 from protomem.errors import UserError
 from protomem.head import HEADS
+from protomem.objective.contrast import Contrast
 from protomem.objective.criterion import Criterion
 from protomem.objective.margins import Margin, build_margin
 from protomem.prototypes.classifier import ClassifierShard
@@ -146,9 +147,13 @@ def criterion_from(config: DictConfig, num_identities: int, device: torch.device
     return Criterion().to(device)
 
 
-def contrast_from(config: DictConfig, epoch_steps: int, device: torch.device):
+def contrast_from(config: DictConfig, epoch_steps: int, device: torch.device) -> Contrast | None:
     """CoReFace's loss between two views, or None."""
-    return None
+    c = config.contrast
+    if c.weight == 0:
+        return None
+    options = {key: c[key] for key in ("coupling", "negatives", "mask", "scale", "momentum", "dropout")}
+    return Contrast(c.weight, start=round(c.start_epoch * epoch_steps), **options).to(device)
 
 
 def key_encoder_from(config: DictConfig, encoder: torch.nn.Module) -> EmaEncoder | None:

@@ -51,3 +51,22 @@ def batchnorm(config: DictConfig, encoder: torch.nn.Module, parts: list[list[tup
             f"train.batch_size={config.train.batch_size} leaves a rank or micro-batch a single image, and BatchNorm needs two; "
             "raise it, or set encoder.freeze_statistics=true"
         )
+
+
+def contrast(config: DictConfig, loss, total_steps: int, parts: list[list[tuple[int, int]]], together: int) -> None:
+    """Raises UserError where CoReFace's loss (protomem/objective/contrast.py) would never do anything. together: images of
+    an identity that stay on one rank."""
+    if loss is None:
+        return
+    c = config.contrast
+    if loss.start >= total_steps:
+        raise UserError(
+            f"contrast.start_epoch={c.start_epoch:g} is step {loss.start} of only {total_steps}, so it would never begin; "
+            "lower it, or train longer"
+        )
+    rows = [b - a for a, b in parts[0]]
+    if (min(rows) if c.negatives == "local" else sum(rows)) < 2 * together:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} with contrast.negatives={c.negatives} leaves a single identity, "
+            "which has no negatives; raise it" + (", or set contrast.negatives=global" if c.negatives == "local" else "")
+        )

@@ -104,8 +104,9 @@ def _contrast_mistakes(config: DictConfig) -> Iterator[str]:
     c = config.contrast
     if c.weight == 0:
         return
-    if c.dropout == 0:
-        yield "contrast.dropout=0: the two views of an image would be the same; use more than 0 (0.6)"
+    if not 0 < c.dropout < 1:
+        same = "the two views of an image would be the same" if c.dropout == 0 else "nothing of an image would be left"
+        yield f"contrast.dropout={c.dropout}: {same}; use a number between 0 and 1 (0.6)"
     if config.train.accumulate > 1:
         yield (
             f"contrast with train.accumulate={config.train.accumulate}: images are contrasted within the batch, so it cannot be "

@@ -57,13 +57,15 @@ class Losses:
     """What the gathered batch gave, equal on every rank.
 
     per_sample [B]: loss, mean over views and terms, with a graph. cos_y [B]: cosine to the own prototype (first view).
-    weight [B] in the mean; None: equal. unit [B, D]: the first view's embeddings, normalised, without a graph.
+    weight [B] in the mean; None: equal. unit [B, D]: the first view's embeddings, normalised, without a graph. views: of
+    each view the same with its graph.
     """
 
     per_sample: torch.Tensor
     cos_y: torch.Tensor
     weight: torch.Tensor | None
     unit: torch.Tensor
+    views: tuple[torch.Tensor, ...]
 
 
 def losses(
@@ -95,7 +97,8 @@ def losses(
     if (nearest := columns.nearest) is not None:
         nearest.cos, nearest.row = nearest.cos[: len(labels)], nearest.row[: len(labels)]
     per_row = torch.stack([loss for loss, _ in found]).mean(0)
-    return Losses(per_row.view(len(views), -1).mean(0), found[0][1][: len(labels)].detach(), columns.weight, unit)
+    per_sample, cos_y = per_row.view(len(views), -1).mean(0), found[0][1][: len(labels)].detach()
+    return Losses(per_sample, cos_y, columns.weight, unit, x.chunk(len(views)))
 
 
 def gather_labels(parts: list[MicroBatch]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
@@ -203,13 +206,15 @@ def forward_backward(
             total = per_sample.sum() / count if weight is None else _weighted_mean(per_sample, weight)
             add("loss", total.detach())
             # Regularisers are computed by each rank from its own rows, as a sum over them / B.
-            own = [distributed.local_rows(view) for view in views]
             if margin.penalty is not None:
+                own = [distributed.local_rows(view) for view in views]
                 term = sum(margin.penalty(view.norm(dim=1)).sum() for view in own) / len(own) / count
                 total, _ = total + term, add("norm_penalty", distributed.all_reduce(term.detach().clone()))
             if contrast is not None:
-                term = contrast(*own, part.labels, part_labels, part.sizes) / count
+                # Of this rank's anchors, but from the gathered views, whose gather holds the factor W.
+                term = contrast(found.views, part_labels, part.sizes) / count
                 total, _ = total + term, add("contrast", distributed.all_reduce(term.detach().clone()))
+                stats["contrast_margin"] = contrast.m.clone()
             scale_loss(total).backward()
         add("norm", views[0].detach().norm(dim=1).sum() / sum(len(p.labels) for p in parts))
         add("cos_y", found.cos_y.sum() / count if weight is None else _weighted_mean(found.cos_y, weight))

@@ -62,6 +62,7 @@ class Run:
             self.memory = MemoryRun(config, self.prototypes, self.sampler, self.extras, self.records, rows, self.device)
         self.sets = checks.pair_sets(config)
         checks.batchnorm(config, self.encoder, self.parts)
+        checks.contrast(config, self.contrast, self.total, self.parts, self.sampler.together)
 
     def _plan(self) -> None:
         """How many steps, and how a step's rows are cut: over ranks, then into micro-batches."""
@@ -325,7 +326,8 @@ class Run:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
             optim.set_learning_rate(optimizer, lr)
-        # Dropout's stream is a function of (seed, step, rank): nothing about it needs to be saved.
+        # Dropout and its stream are functions of (seed, step, rank): nothing about them needs to be saved.
+        self._set_dropout()
         torch.manual_seed(mix(c.train.seed, 3, self.step, rank))
         if self.memory:
             self.memory.before_step(self.step)
@@ -354,6 +356,13 @@ class Run:
         self.interval["images"] += c.train.batch_size
         self.interval["skipped"] += batch.skipped
         return stats
+
+    def _set_dropout(self) -> None:
+        """CoReFace's second phase has a dropout of its own; the averaged copy of the encoder follows."""
+        if self.contrast is not None:
+            copies = [] if self.key_encoder is None else [self.key_encoder.encoder]
+            for encoder in (self.encoder, *copies):
+                encoder.dropout.p = self.contrast.dropout if self.contrast.active(self.step) else self.config.encoder.dropout
 
     def _update(self, stats: dict) -> bool:
         """Clip and step; False if an fp16 overflow made all ranks skip this step."""
