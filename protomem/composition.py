@@ -84,17 +84,18 @@ def _empirical_mistakes(config: DictConfig) -> Iterator[str]:
     e, p = config.prototypes.empirical, config.prototypes
     if not e.enabled:
         return
+    update = e["update"]  # e.update is the method of a mapping
     if p.source == "memory":
         yield (
             "prototypes.empirical with prototypes.source=memory: the memory's prototypes are empirical ones already; use "
             "source=classifier or sampled"
         )
-    if e.update == "before" and config.train.accumulate > 1:
+    if update == "before" and config.train.accumulate > 1:
         yield (
             f"prototypes.empirical.update=before with train.accumulate={config.train.accumulate}: the whole batch updates them "
             "before its loss, so it cannot be cut; use update=after or accumulate=1"
         )
-    if e.update == "after" and p.injection.key_encoder > 0:
+    if update == "after" and p.injection.key_encoder > 0:
         yield (
             "prototypes.empirical.update=after with prototypes.injection.key_encoder: the averaged encoder's features are for "
             "injection alone; use update=before or key_encoder=0"
