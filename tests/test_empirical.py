@@ -1,14 +1,11 @@
 """Empirical prototypes (EPL) against slow loops: loss, all gradients and the rows, over steps with several images of an
 identity, at 1 to 4 ranks; and through the trainer."""
 
-import functools
-import json
 import math
 import shutil
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 
 from protomem import config, state
@@ -154,9 +151,9 @@ def test_what_makes_no_sense_is_refused(given, message):
 
 def saved(path, *names) -> dict[str, torch.Tensor]:
     """Tensors of a checkpoint."""
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    metadata = state._Reader(path).read_metadata().state_dict_metadata
     out = {name: torch.zeros(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names}
-    dcp.load(out, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    state._load(out, path, True)
     return out
 
 
