@@ -18,9 +18,10 @@ from protomem.encoder.weights import load_weights
 from protomem.errors import UserError
 from protomem.head import HEADS
 from protomem.objective.contrast import Contrast
-from protomem.objective.criterion import Criterion
+from protomem.objective.criterion import Criterion, UnifiedCriterion
 from protomem.objective.margins import Margin, build_margin
 from protomem.prototypes.classifier import ClassifierShard
+from protomem.prototypes.empirical import EmpiricalPrototypes
 from protomem.prototypes.memory import PrototypeMemory
 from protomem.prototypes.sampled import SampledShard
 from protomem.prototypes.slots import Slots
@@ -76,14 +77,22 @@ def sampler_from(config: DictConfig, records):
     return MixedSampler(*shape, slots=slots, refresh=s.refresh, pick=s.pick, lag=read_ahead(config.data.prefetch) + 1)
 
 
-def prototypes_from(config: DictConfig, num_identities: int, device: torch.device, total_steps: int):
+def prototypes_from(config: DictConfig, num_identities: int, device: torch.device, total_steps: int, epoch_steps: int):
     size, p = config.encoder.embedding_size, config.prototypes
     if p.source == "memory":
         return memory_from(config, num_identities, total_steps).to(device)
     options = {"seed": mix(config.train.seed, 2), "std": p.init_std}
     if p.source == "sampled":
-        return SampledShard(num_identities, size, rate=p.rate, **options).to(device)
-    return ClassifierShard(num_identities, size, **options).to(device)
+        shard = SampledShard(num_identities, size, rate=p.rate, **options)
+    else:
+        shard = ClassifierShard(num_identities, size, **options)
+    if p.empirical.enabled:
+        given = {k: p.empirical[k] for k in ("update", "coefficient", "k", "stacked")}
+        start = round(p.empirical.start_epoch * epoch_steps)
+        if start >= total_steps and distributed.rank() == 0:
+            log.warning("prototypes.empirical.start_epoch: step %d of %d, so its loss never starts", start, total_steps)
+        shard.empirical = EmpiricalPrototypes(num_identities, size, start=start, **given)
+    return shard.to(device)
 
 
 def memory_from(config: DictConfig, num_identities: int, total_steps: int) -> PrototypeMemory:
@@ -144,7 +153,11 @@ def margin_from(config: DictConfig) -> Margin:
 
 
 def criterion_from(config: DictConfig, num_identities: int, device: torch.device) -> Criterion:
-    return Criterion().to(device)
+    """The criterion; `num_identities` sets UniFace's initial threshold where the config does not."""
+    m = config.margin
+    if m.criterion == "softmax":
+        return Criterion().to(device)
+    return UnifiedCriterion(num_identities, **m.unified).to(device)
 
 
 def contrast_from(config: DictConfig, epoch_steps: int, device: torch.device) -> Contrast | None:

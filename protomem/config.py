@@ -71,7 +71,7 @@ def check(config: DictConfig) -> None:
     for key, (other, values) in ONLY_WITH.items():
         value, chosen = OmegaConf.select(config, key), OmegaConf.select(config, other)
         if chosen not in values and value != OmegaConf.select(defaults, key):
-            raise UserError(f"{key}={value} has no effect with {other}={chosen}, only with {' or '.join(values)}; remove it")
+            raise UserError(f"{key}={value} has no effect with {other}={chosen}, only with {' or '.join(map(str, values))}; remove it")
     for switch in SWITCHES:
         section = switch.rpartition(".")[0]
         if OmegaConf.select(config, switch) == 0 and OmegaConf.select(config, section) != OmegaConf.select(defaults, section):

@@ -92,7 +92,7 @@ def losses(
     if (empirical := prototypes.empirical) is not None:
         empirical.see(labels, unit, before=True)
         if empirical.active:
-            terms.append((empirical.columns(labels), empirical.margin(margin)))
+            terms.append((empirical.columns(columns), empirical.margin(margin)))
     found = [criterion(x, norm, c.repeat(len(views)), head, m) for c, m in terms]
     if (nearest := columns.nearest) is not None:
         nearest.cos, nearest.row = nearest.cos[: len(labels)], nearest.row[: len(labels)]

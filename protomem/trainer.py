@@ -47,7 +47,7 @@ class Run:
         self.sampler = build.sampler_from(config, self.records)
         self._plan()
         self.encoder = build.encoder_from(config, self.device)
-        self.prototypes = build.prototypes_from(config, self.records.num_classes, self.device, self.total)
+        self.prototypes = build.prototypes_from(config, self.records.num_classes, self.device, self.total, self.epoch_steps)
         self.criterion = build.criterion_from(config, self.prototypes.num_identities, self.device)
         self.contrast = build.contrast_from(config, self.epoch_steps, self.device)
         self.optimizers = build.optimizers_from(config, self.encoder, self.prototypes, self.criterion)

@@ -8,6 +8,8 @@ backward of the normalisation folded in as a rank-one correction per row. With u
     p_ij = g_i s exp(z_ij - lse_i) slope_ij            for negatives; the target has its own fp32 path
     d x_i = sum_j p_ij u_j                             d w_j = (sum_i p_ij x_i - (sum_i p_ij cos_ij) u_j) / |w_j|
 
+With a threshold b the sum of softplus(z_ij - b) takes the place of lse, and p_ij = g_i s sigmoid(z_ij - b) slope_ij.
+
 Legend: B global batch, C prototype rows of this rank, K rows of a block, D feature size.
 """
 
@@ -31,6 +33,13 @@ def _exp(t: torch.Tensor) -> torch.Tensor:
     """exp in place. On CPUs numbers below -87 (hidden columns above all) take a path that is 60 to 400 times slower, so they
     count as e^-87 = 1.6e-38, which adds nothing to a sum that holds e^0."""
     return (t.clamp_min_(-87.0) if t.device.type == "cpu" and t.dtype == torch.float32 else t).exp_()
+
+
+def _softplus_and_share(over: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
+    """[2, B]: sums over the columns of softplus(over) and of its derivative. over [B, K] is used up; spare: another one."""
+    share = torch.sigmoid(over, out=spare).sum(1)
+    tail = _exp(torch.abs(over, out=spare).neg_()).log1p_()
+    return torch.stack([over.clamp_min_(0).add_(tail).sum(1), share])
 
 
 class _Pool:
@@ -63,7 +72,7 @@ def _hide(z, columns: Columns, start: int, stop: int) -> None:
 
 class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, own, live, columns: Columns, scale, negatives: Negatives | None, operands, block, store, keep):
+    def forward(ctx, x, own, live, columns: Columns, scale, negatives, operands, block, store, keep, threshold):
         rows, (b, c) = columns.rows, (len(x), len(columns.rows))
         owned = (columns.target >= 0)[:, None]
         mine = rows[columns.target.clamp_min(0)].to(x.dtype) * owned if c else torch.zeros_like(x)  # [B, D]
@@ -75,8 +84,10 @@ class _Head(torch.autograd.Function):
         inverse = torch.ones(c, dtype=x.dtype, device=x.device)
         kept_blocks = min(-(-c // block), store // max(1, b * block * x.element_size())) if keep else 0
         kept = _pool.take(kept_blocks, b * block, x) if kept_blocks else None
+        threshold = None if threshold is None else threshold.to(x.dtype)
         scratch = _pool.take(2, b * block, x) if c else None
         xg = operands.prepare(x)
+        above = x.new_zeros(2, b)  # with a threshold: sums of softplus(z - b) and of its derivative
         top, total = x.new_full((b,), HIDDEN), x.new_zeros(b)
         nearest = columns.nearest
         if nearest is not None:
@@ -100,23 +111,31 @@ class _Head(torch.autograd.Function):
                 values = z
             else:
                 values = torch.where(z == HIDDEN, z, scale * negatives.value(z / scale, cos_y[:, None]))
+            if threshold is not None:  # scratch[0]: logits that are kept are not in it, others are not wanted any more
+                above += _softplus_and_share(torch.sub(values, threshold, out=seen), _view(scratch[0], b, stop - start))
+                continue
             higher = torch.maximum(top, values.amax(1))
             total.mul_((top - higher).exp_())
             total += _exp(torch.sub(values, higher[:, None], out=seen)).sum(1)
             top = higher
-        none = top <= HIDDEN / 2
-        lse = combine_lse(top.masked_fill(none, float("-inf")), total.masked_fill(none, 0))
+        if threshold is None:
+            none = top <= HIDDEN / 2
+            out = level = combine_lse(top.masked_fill(none, float("-inf")), total.masked_fill(none, 0))
+        else:
+            above = distributed.all_reduce(above, "sum")
+            out, level, ctx.share = above[0].clone(), threshold, above[1]
         if scratch is not None:
             _pool.give(scratch)
         ctx.columns, ctx.scale, ctx.negatives, ctx.operands, ctx.block = columns, scale, negatives, operands, block
         ctx.kept, ctx.kept_blocks, ctx.has_own = kept, kept_blocks, own is not None
         ctx.live = columns.live.place if live is not None else None
-        ctx.save_for_backward(x, mine, cos_y, lse, inverse)
-        return cos_y, lse
+        ctx.unified = threshold is not None
+        ctx.save_for_backward(x, mine, cos_y, level, inverse)
+        return cos_y, out
 
     @staticmethod
-    def backward(ctx, g_cos, g_lse):
-        x, mine, cos_y, lse, inverse = ctx.saved_tensors
+    def backward(ctx, g_cos, g_out):
+        x, mine, cos_y, level, inverse = ctx.saved_tensors
         columns, scale, operands, block = ctx.columns, ctx.scale, ctx.operands, ctx.block
         rows, sink, (b, c) = columns.rows, columns.sink, (len(x), len(columns.rows))
         scratch = _pool.take(2, b * block, x) if c else None
@@ -124,8 +143,9 @@ class _Head(torch.autograd.Function):
         dx = mine * g_cos[:, None]
         place = ctx.live
         seen_live = x.new_zeros(b, len(place)) if place is not None else None  # [B, L] d loss / d z of the live rows
-        factor = (g_lse * scale)[:, None]
-        shift = torch.where(lse.isinf(), torch.zeros_like(lse), lse)[:, None]
+        factor = (g_out * scale)[:, None]
+        shift = torch.where(level.isinf(), torch.zeros_like(level), level)[:, None]
+        steep = torch.sigmoid_ if ctx.unified else _exp  # d out / d z_j from z_j - shift
         for k, start in enumerate(range(0, c, block)):
             stop = min(start + block, c)
             w = rows[start:stop]
@@ -137,11 +157,11 @@ class _Head(torch.autograd.Function):
                 _hide(z, columns, start, stop)
             p = _view(scratch[1], b, stop - start)
             if ctx.negatives is None:
-                _exp(torch.sub(z, shift, out=p))
+                steep(torch.sub(z, shift, out=p))
             else:
                 cos, hidden = z / scale, z == HIDDEN
                 value = ctx.negatives.value(cos, cos_y[:, None])
-                p.copy_((scale * value - shift).exp() * ctx.negatives.slope(cos, cos_y[:, None])).masked_fill_(hidden, 0)
+                p.copy_(steep(scale * value - shift) * ctx.negatives.slope(cos, cos_y[:, None])).masked_fill_(hidden, 0)
             p.mul_(factor)
             if not columns.unit:
                 p.mul_(inverse[start:stop])
@@ -177,7 +197,8 @@ class _Head(torch.autograd.Function):
             if buffer is not None:
                 _pool.give(buffer)
         ctx.kept = None
-        return dx, d_own, d_live, None, None, None, None, None, None, None
+        d_threshold = -(g_out * ctx.share).sum()[None] if ctx.unified else None
+        return dx, d_own, d_live, None, None, None, None, None, None, None, d_threshold
 
 
 def _view(buffer: torch.Tensor, b: int, width: int) -> torch.Tensor:
@@ -190,19 +211,21 @@ def blocked_head(
     columns: Columns,
     scale: float,
     negatives: Negatives | None = None,
+    threshold: torch.Tensor | None = None,
     *,
     precision: str = "fp32",
     block: int = 0,
     store_mb: float = 16.0,
 ):
-    """(cos_y [B], lse_neg [B]) of unit embeddings x [B, D]; see protomem/head/contract.py.
+    """(cos_y [B], lse_neg or sum_neg [B]) of unit embeddings x [B, D]; see protomem/head/contract.py.
 
     precision: `fp32`, or `bf16` for bf16 GEMM operands with fp32 sums, target path and softmax statistics.
     block: rows per block (0: `block_rows(B)`). store_mb: MiB of logits kept for the backward (our default: 16).
     """
     block = min(block or block_rows(len(x)), max(1, len(columns.rows)))
     live = columns.live.rows if columns.live is not None else None
-    graphs = any(t is not None and t.requires_grad for t in (x, columns.own, live))
+    graphs = any(t is not None and t.requires_grad for t in (x, columns.own, live, threshold))
     keep = torch.is_grad_enabled() and (graphs or columns.sink is not None)
     operands = Operands(precision, x.dtype)
-    return _Head.apply(x, columns.own, live, columns, scale, negatives, operands, block, int(store_mb * 2**20), keep)
+    store = int(store_mb * 2**20)
+    return _Head.apply(x, columns.own, live, columns, scale, negatives, operands, block, store, keep, threshold)

@@ -6,6 +6,9 @@ A head compares B gathered unit embeddings with this rank's prototype rows and r
 The loss is then softplus(lse_neg - z_y): exact in fp32 where subtracting the target from a full log-sum-exp is not, no
 clamp on a probability, and every target-only margin is a function of [B] numbers.
 
+With a `threshold` b [1] a head returns sum_neg [B] = sum over the negatives of softplus(z_j - b) in place of lse_neg, for a
+loss that sets every logit against one threshold (UniFace). The gradient of b is whole on every rank.
+
 Back ends (`dense`, `blocked`) share this file; `HEADS` in protomem/head/__init__.py names them.
 Legend: B global batch, C prototype rows of this rank (may be 0), D feature size.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from protomem import distributed
 from protomem.head.contract import Columns, Negatives, combine_lse
@@ -34,8 +35,25 @@ class _LseOverRanks(torch.autograd.Function):
         return grad * share
 
 
-def dense_head(x: torch.Tensor, columns: Columns, scale: float, negatives: Negatives | None = None, **_unused):
-    """(cos_y [B], lse_neg [B]) of unit embeddings x [B, D]; see protomem/head/contract.py."""
+def _sum_over_threshold(logits: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """[B] sum over all ranks' negatives of softplus(z - b), from this rank's logits [B, C] (-inf: no negative)."""
+    b = threshold.to(logits.dtype)
+    over = logits - b.detach()
+    both = torch.stack([-F.logsigmoid(-over).sum(1), over.detach().sigmoid().sum(1)])
+    total, share = _SumOverRanks.apply(both).unbind()
+    # The value does not change; b gets the gradient of all ranks' negatives, -sigmoid(z - b), on each of them.
+    return total - share.detach() * (b - b.detach())
+
+
+def dense_head(
+    x: torch.Tensor,
+    columns: Columns,
+    scale: float,
+    negatives: Negatives | None = None,
+    threshold: torch.Tensor | None = None,
+    **_unused,
+):
+    """(cos_y [B], lse_neg or sum_neg [B]) of unit embeddings x [B, D]; see protomem/head/contract.py."""
     rows = columns.rows.detach()
     if columns.sink is not None and torch.is_grad_enabled():
         rows.requires_grad_()
@@ -68,6 +86,8 @@ def dense_head(x: torch.Tensor, columns: Columns, scale: float, negatives: Negat
         slope = negatives.slope(cos.detach(), cos_y.detach()[:, None])
         cos = value + slope * (cos - cos.detach())
     logits = (scale * cos).masked_fill(hidden, float("-inf"))
+    if threshold is not None:
+        return cos_y, _sum_over_threshold(logits, threshold)
     # logsumexp has no gradient over a row that is all -inf, and none is wanted: route such rows around it.
     some = ~hidden.all(1) if hidden.shape[1] else torch.zeros_like(owned)
     local = logits.new_full((len(x),), float("-inf"))

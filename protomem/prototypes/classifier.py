@@ -37,11 +37,13 @@ class ClassifierShard(nn.Module):
         self.first, self.last = distributed.shard_bounds(num_identities, distributed.rank(), distributed.world_size())
         self.weight = nn.Parameter(initial_rows(self.first, self.last, embedding_size, std, seed))
         self.sink = GradSink()
-        self.empirical = None  # EPL's second prototypes, if there are any
+        self.empirical = None  # EPL's second prototypes (an EmpiricalPrototypes), if there are any
 
     def begin_step(self, labels: torch.Tensor, step: int) -> None:
         """Start a step whose global batch (all of its micro-batches) has these labels [B]."""
         self.weight.grad = self.sink.begin(self.weight.detach())
+        if self.empirical is not None:
+            self.empirical.begin_step(step)
 
     def columns(self, labels: torch.Tensor, embeddings=None, keys=None, observe: bool = False) -> Columns:
         """This rank's prototypes for a (micro-)batch with the gathered labels [B]; they do not depend on the embeddings, as

@@ -34,6 +34,8 @@ class SampledShard(ClassifierShard):
         self.index = score[:count].topk(size).indices.sort().values
         self.active = self.weight.detach()[self.index]
         self.weight.row_grad = (self.index, self.sink.begin(self.active))
+        if self.empirical is not None:
+            self.empirical.begin_step(step, self.index)
 
     def columns(self, labels: torch.Tensor, embeddings=None, keys=None, observe: bool = False) -> Columns:
         mine = (labels >= self.first) & (labels < self.last)
