@@ -121,8 +121,8 @@ def compare_all(cases: list[dict], worlds: tuple[int, ...], steps: int, chunk: i
         for start in range(0, len(cases), chunk):
             part = cases[start : start + chunk]
             found = [f"{world} ranks, {text}" for text in compare(part, world, steps, timeout=1200)]
-        failures += found
-        print("".join(f"{text}\n" for text in found), end="")
+            failures += found
+            print("".join(f"{text}\n" for text in found), end="")
             done = start + len(part)
             each = (time.monotonic() - begin) / done
             print(f"{world} ranks: {done}/{len(cases)}  {each:.2f} s each  {len(failures)} differ", flush=True)
