@@ -384,7 +384,7 @@ ONLY_WITH = {
     **{f"margin.magnitude.{f.name}": ("margin.name", ("magface",)) for f in fields(Magnitude)},
     **{f"margin.unified.{f.name}": ("margin.criterion", ("unified",)) for f in fields(Unified)},
     "margin.beyond_pi": ("margin.name", ("arcface", "combined", "magface")),
-    "margin.gradient": ("margin.name", ("arcface", "combined")),
+    "margin.gradient": ("margin.name", ("arcface", "combined", "magface")),
     "head.precision": ("head.backend", ("blocked",)),
     "head.block": ("head.backend", ("blocked",)),
     "head.store_mb": ("head.backend", ("blocked",)),
