@@ -114,7 +114,7 @@ def _empirical_mistakes(config: DictConfig) -> Iterator[str]:
             "prototypes.empirical with prototypes.source=memory: the memory's prototypes are empirical ones already; use "
             "source=classifier or sampled"
         )
-    if e.update == "before" and config.train.accumulate > 1:
+    if e["update"] == "before" and config.train.accumulate > 1:
         yield (
             f"prototypes.empirical.update=before with train.accumulate={config.train.accumulate}: the whole batch updates them "
             "before its loss, so it cannot be cut; use update=after or accumulate=1"

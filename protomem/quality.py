@@ -41,7 +41,8 @@ class Quality(nn.Module):
 
     unrecognizable: `given` (embeddings of unrecognizable images come by `see`) or `low_norm` (taken from the batch).
     decay: of the running mean of their unit embeddings. norms: (lower, upper) of `magface`. warmup: first steps, with equal
-    weights. The other arguments are explained in configs/default.yaml under `quality`. Raises ValueError for an unknown estimator, usage or on_empty.
+    weights. The other arguments are explained in configs/default.yaml under `quality`. Raises ValueError for an unknown
+    estimator, usage or on_empty.
     """
 
     def __init__(
