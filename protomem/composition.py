@@ -94,6 +94,11 @@ def _injection_mistakes(config: DictConfig) -> Iterator[str]:
             "prototypes.injection with prototypes.memory.gradient=batch: the batch's prototypes carry its graph, into which nothing "
             "is injected; use gradient=none or sgd"
         )
+    if p.source == "memory" and p.memory.self_exclusion == "loo":
+        yield (
+            "prototypes.injection with prototypes.memory.self_exclusion=loo: an image's own prototype is made without it, and not "
+            "injected, so only the negatives would be; use none or split"
+        )
     if p.source == "memory" and i.key_encoder > 0:
         yield "prototypes.injection.key_encoder has no effect with prototypes.source=memory; set prototypes.memory.key_encoder"
     if p.source == "memory" and (i.coverage > 0 or i.passes > 0):

@@ -77,7 +77,7 @@ def _columns(c: DictConfig) -> str:
     if p.injection.weight > 0:
         what += f" + last features {p.injection.weight:g} (VPL)"
     if p.empirical.enabled:
-        what += f" + means, {p.empirical["update"]} the loss (EPL)"
+        what += f" + means, {p.empirical['update']} the loss (EPL)"
     return what
 
 
