@@ -61,7 +61,12 @@ UNDEFINED = {
     "VPL × a memory with gradient=batch": [*_MEMORY, *_VPL, "prototypes.memory.gradient=batch"],
     "VPL × a memory with self_exclusion=loo": [*_MEMORY, *_VPL, "prototypes.memory.self_exclusion=loo"],
     "VPL's averaged encoder × a memory": [*_MEMORY, *_VPL, "prototypes.injection.key_encoder=0.999"],
-    "VPL's averaged encoder × EPL": [*_VPL, *_EPL, "prototypes.injection.key_encoder=0.999"],
+    "VPL's averaged encoder × EPL after the loss": [
+        *_VPL,
+        *_EPL,
+        "prototypes.empirical.update=after",
+        "prototypes.injection.key_encoder=0.999",
+    ],
     "EPL before the loss × a batch in parts": [*_EPL, "train.accumulate=2"],
     "EPL with k ≥ 2": [*_EPL, "prototypes.empirical.k=2"],
     "contrast × a batch in parts": [*_CONTRAST, "train.accumulate=2"],

@@ -109,20 +109,21 @@ def _empirical_mistakes(config: DictConfig) -> Iterator[str]:
     e, p = config.prototypes.empirical, config.prototypes
     if not e.enabled:
         return
-    if p.injection.key_encoder > 0:
-        yield (
-            "prototypes.empirical with prototypes.injection.key_encoder: whose features the empirical prototypes are made of is "
-            "not defined; set prototypes.injection.key_encoder=0"
-        )
+    update = e["update"]  # e.update is the method of a mapping
     if p.source == "memory":
         yield (
             "prototypes.empirical with prototypes.source=memory: the memory's prototypes are empirical ones already; use "
             "source=classifier or sampled"
         )
-    if e["update"] == "before" and config.train.accumulate > 1:
+    if update == "before" and config.train.accumulate > 1:
         yield (
             f"prototypes.empirical.update=before with train.accumulate={config.train.accumulate}: the whole batch updates them "
             "before its loss, so it cannot be cut; use update=after or accumulate=1"
+        )
+    if update == "after" and p.injection.key_encoder > 0:
+        yield (
+            "prototypes.empirical.update=after with prototypes.injection.key_encoder: the averaged encoder's features are for "
+            "injection alone; use update=before or key_encoder=0"
         )
     if e.k >= 2:
         yield f"prototypes.empirical.k={e.k}: the own cosine would count less than -1 times; use less than 2 (0.7)"
@@ -219,8 +220,7 @@ def memory_mistakes(config: DictConfig) -> Iterator[str]:
         yield f"prototypes.memory.gradient={m.gradient} needs storage=fp32: bf16 rows lose small steps"
     if m.gradient == "batch" and m.key_encoder > 0:
         yield "prototypes.memory.gradient=batch: the averaged encoder of key_encoder carries no gradient; use one of the two"
-    # The threshold of the unified criterion learns at that rate, too.
-    if m.gradient != "sgd" and config.margin.criterion == "softmax" and config.optimizer.head.lr is not None:
+    if m.gradient != "sgd" and config.margin.criterion != "unified" and config.optimizer.head.lr is not None:
         yield f"optimizer.head.lr has no effect: the rows of prototypes.memory.gradient={m.gradient} do not learn; remove it"
     if config.optimizer.head.weight_decay is not None:
         yield "optimizer.head.weight_decay has no effect on a prototype memory; remove it"

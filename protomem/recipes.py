@@ -195,7 +195,7 @@ VPL_ARCFACE = replace(
     deviations="Δ counts steps, so that with 3 million identities some 4 % are injected at a time (an issue of the code's "
     "users): prototypes.injection.passes and coverage. A user's re-run reports no gain: 96.66 against 96.79 on IJB-C",
     goes_with="every margin, sampled prototypes (ours; the code refuses them), memory (ours), EPL, contrast; refused: memory with "
-    "gradient=batch, key_encoder with EPL, a start after the end of the run",
+    "gradient=batch or self_exclusion=loo, key_encoder with EPL's update=after, a start after the end of the run",
 )
 VPL_COSFACE = replace(
     VPL_ARCFACE,

@@ -14,9 +14,9 @@ from protomem.errors import UserError
 from protomem.step import Extras, MicroBatch, forward_backward
 from tests.ranks import run_ranks
 
-# 4 of 12 identities a step, two images of each; some come back, and are injected then.
-LABELS = [[0, 0, 3, 3, 7, 7, 11, 11], [1, 1, 3, 3, 8, 8, 11, 11], [0, 0, 3, 3, 7, 7, 5, 5]]
-IDENTITIES, STEPS = 12, len(LABELS)
+# 4 of 40 identities a step, two images of each; some come back, and are injected then.
+LABELS = [[0, 0, 3, 3, 27, 27, 31, 31], [1, 1, 3, 3, 28, 28, 31, 31], [0, 0, 3, 3, 27, 27, 5, 5]]
+IDENTITIES, STEPS = 40, len(LABELS)
 TINY = {
     "encoder.name": "small",
     "encoder.embedding_size": 8,
@@ -68,7 +68,7 @@ def train(c) -> list[float]:
         encoder.dropout.p = c.contrast.dropout
     model, losses = distributed.data_parallel(encoder, device).train(), []
     for step, labels in enumerate(LABELS):
-        images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(step))
+        images = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(step))
         bounds = [distributed.batch_bounds(8, r, world, 2) for r in range(world)]
         lo, hi = bounds[rank]
         part = MicroBatch(images[lo:hi], torch.tensor(labels[lo:hi]), [b - a for a, b in bounds])
