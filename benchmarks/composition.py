@@ -59,7 +59,6 @@ UNDEFINED = {
     ],
     "MagFace × split images": [*_MAGFACE, *_MEMORY, "prototypes.memory.self_exclusion=split"],
     "VPL × a memory with gradient=batch": [*_MEMORY, *_VPL, "prototypes.memory.gradient=batch"],
-    "VPL × a memory with self_exclusion=loo": [*_MEMORY, *_VPL, "prototypes.memory.self_exclusion=loo"],
     "VPL's averaged encoder × a memory": [*_MEMORY, *_VPL, "prototypes.injection.key_encoder=0.999"],
     "VPL's averaged encoder × EPL after the loss": [
         *_VPL,
@@ -152,8 +151,8 @@ def text() -> str:
         lines.append(f"| {m} | {r} | " + " | ".join("✓" if x is None else str(notes.index(x) + 1) for x in reasons) + " |")
     lines += ["", *(f"{k}. {reason}" for k, reason in enumerate(notes, 1)), ""]
     lines += [
-        "MagFace's regulariser belongs to its margin. A ✓ says that the combination is defined and trains, not that anybody has",
-        "published it: VPL with sampled prototypes or a memory, VPL with EPL, and a contrast on a memory are ours.",
+        "MagFace's regulariser belongs to its margin. A ✓ says that the combination is defined and trains, not that anybody",
+        "has published it: VPL with sampled prototypes or a memory, VPL with EPL, and a contrast on a memory are ours.",
     ]
     for title, cases in (("Undefined, and refused", UNDEFINED), ("Without effect, and refused", WITHOUT_EFFECT)):
         lines += ["", f"## {title}", "", "| what | the message |", "|---|---|"]

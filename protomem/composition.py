@@ -72,8 +72,8 @@ def _margin_mistakes(config: DictConfig) -> Iterator[str]:
             )
     if config.quality.loss_weight > 0:
         yield (
-            "margin.name=magface with quality.loss_weight: an image that counts more than others in the loss breaks the bound on "
-            "margin.magnitude.weight, which rewards every norm alike; set quality.loss_weight=0"
+            "margin.name=magface with quality.loss_weight: an image that counts more than others in the loss breaks the "
+            "bound on margin.magnitude.weight, which rewards every norm alike; set quality.loss_weight=0"
         )
 
 
@@ -93,11 +93,6 @@ def _injection_mistakes(config: DictConfig) -> Iterator[str]:
         yield (
             "prototypes.injection with prototypes.memory.gradient=batch: the batch's prototypes carry its graph, into which nothing "
             "is injected; use gradient=none or sgd"
-        )
-    if p.source == "memory" and p.memory.self_exclusion == "loo":
-        yield (
-            "prototypes.injection with prototypes.memory.self_exclusion=loo: an image's own prototype is made without it, and not "
-            "injected, so only the negatives would be; use none or split"
         )
     if p.source == "memory" and i.key_encoder > 0:
         yield "prototypes.injection.key_encoder has no effect with prototypes.source=memory; set prototypes.memory.key_encoder"
@@ -144,8 +139,8 @@ def _contrast_mistakes(config: DictConfig) -> Iterator[str]:
         )
     if c.start_epoch == 0 and config.encoder.dropout > 0:
         yield (
-            f"encoder.dropout={config.encoder.dropout} has no effect with contrast.start_epoch=0, from where on contrast.dropout "
-            "counts; remove it"
+            f"encoder.dropout={config.encoder.dropout} has no effect with contrast.start_epoch=0, from where on "
+            "contrast.dropout counts; remove it"
         )
 
 
@@ -168,18 +163,25 @@ def _optimizer_mistakes(config: DictConfig) -> Iterator[str]:
 
 
 def late_parts(config: DictConfig, epoch_steps: int = 0) -> Iterator[str]:
-    """Parts that would begin when the run is over. epoch_steps: 0 while the data are not known yet, and with them what a
-    number of epochs means in steps."""
+    """Parts that would begin when the run is over. epoch_steps: 0 while the data are not known, and with them what an epoch
+    is in steps."""
     s, p, c = config.schedule, config.prototypes, config.contrast
-    epochs, steps = s.epochs or float("inf"), s.steps or float("inf")
+    epochs = {}
+    if p.empirical.enabled:
+        epochs["prototypes.empirical.start_epoch"] = p.empirical.start_epoch
+    if c.weight > 0:
+        epochs["contrast.start_epoch"] = c.start_epoch
+    total, starts = s.steps or s.epochs * epoch_steps, {}
+    if p.injection.weight > 0:
+        starts["prototypes.injection.start"] = (p.injection.start, p.injection.start)
     if epoch_steps:
-        epochs, steps = s.epochs or s.steps / epoch_steps, s.steps or s.epochs * epoch_steps
-    if p.injection.weight > 0 and p.injection.start >= steps:
-        yield f"prototypes.injection.start={p.injection.start}: the run ends at step {steps:g}, before it; lower it"
-    if p.empirical.enabled and p.empirical.start_epoch >= epochs:
-        yield f"prototypes.empirical.start_epoch={p.empirical.start_epoch:g}: the run ends after {epochs:.3g} epochs; lower it"
-    if c.weight > 0 and c.start_epoch >= epochs:
-        yield f"contrast.start_epoch={c.start_epoch:g}: the run ends after {epochs:.3g} epochs; lower it"
+        starts |= {key: (start, round(start * epoch_steps)) for key, start in epochs.items()}
+    for key, (start, step) in starts.items():
+        if total and step >= total:
+            yield f"{key}={start:g} is step {step} of only {total}, so it would never begin; lower it, or train longer"
+    for key, start in epochs.items():
+        if s.epochs and start >= s.epochs:
+            yield f"{key}={start:g} is past the last of {s.epochs} epochs, so it would never begin; lower it, or train longer"
 
 
 def memory_mistakes(config: DictConfig) -> Iterator[str]:
@@ -228,7 +230,8 @@ def memory_mistakes(config: DictConfig) -> Iterator[str]:
         yield "quality.power=0 gives every image the same weight; use more than 0, or quality.estimator=equal"
     if q.usage == "soft" and q.minimum >= 1 and q.estimator != "external":
         yield (
-            f"quality.minimum={q.minimum} gives every image the same weight, since scores of quality.estimator={q.estimator} are "
+            f"quality.minimum={q.minimum} gives every image the same weight, since scores of "
+            f"quality.estimator={q.estimator} are "
             "between 0 and 1; lower it"
         )
     if q.usage == "topk" and q.keep >= builders:

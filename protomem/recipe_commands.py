@@ -39,7 +39,8 @@ def folder() -> Path:
         if (place / "softmax.yaml").is_file():
             return place
     raise UserError(
-        f"configs/methods is neither beside nor inside {package}; run protomem from a checkout of its repository (pip install -e .)"
+        f"configs/methods is neither beside nor inside {package}; run protomem from a checkout of its repository "
+        "(pip install -e .)"
     )
 
 
@@ -132,7 +133,7 @@ def show(name: str = typer.Argument(help="A name of the table.", show_default=Fa
     typer.echo(f"\n{path}\n")
     typer.echo(textwrap.indent((folder() / f"{name}.yaml").read_text().rstrip(), "    "))
     typer.echo(f"\nprotomem train my.yaml {path}")
-    typer.echo("    my.yaml: output, data.train and what is yours; the recipe comes last, or its settings would be lost to yours.")
+    typer.echo("    my.yaml has output, data.train and what is yours; of two files that set the same key the later one counts.")
 
 
 def _path(name: str) -> str:

@@ -121,7 +121,8 @@ QAPM = replace(
     communication="one all-reduce of D numbers (u); 16 more images are encoded per step, over all ranks",
     source="Smirnov et al. 2023, arXiv 2311.07734; 1 − cos as the score: Deng et al. 2021 (ERS), arXiv 2106.04112",
     published="the weighted mean, and a prototype of the unrecognizable (from a summary of the paper); no code is known to us",
-    ours=PROTOTYPE_MEMORY.ours + "; u from destroyed copies of batch images, decay 0.9; equal weights for the first 2 % of steps",
+    ours=PROTOTYPE_MEMORY.ours + "; u from destroyed copies of batch images, decay 0.9; equal weights for the first 2 % of "
+    "steps",
     deviations="every open reading is a key of quality: estimator, usage, power, warmup, unrecognizable.source, pinned",
     goes_with=PROTOTYPE_MEMORY.goes_with + "; every quality.estimator with every quality.usage",
 )
@@ -133,7 +134,8 @@ QAPM_NORM = replace(
     communication=NOTHING,
     source="Smirnov et al. 2023, arXiv 2311.07734",
     published="the norm over the largest norm as quality (from a summary of the paper); the largest cancels in the mean",
-    ours=PROTOTYPE_MEMORY.ours + "; means of unit embeddings, so that norms count once; equal weights for the first 2 % of steps",
+    ours=PROTOTYPE_MEMORY.ours + "; means of unit embeddings, so that norms count once; equal weights for the first 2 % of "
+    "steps",
     deviations="prototypes.memory.average=raw would let the norm count twice",
 )
 QAPM_HARD = replace(
@@ -164,10 +166,12 @@ MAGFACE = replace(
     published="l, u = 10, 110; margins 0.45, 0.8; λ = 35, s = 64; no margin where cos θ ≤ 0 (beyond_pi: easy); last BatchNorm "
     "with a learned weight, dropout 0.4; batch 512, lr 0.1, 25 epochs, ×0.1 at 10, 18, 22",
     ours="λ, margins and range as published; regulariser over the images of the whole batch",
-    deviations="λ must be at least s·k·u²l²/(u² − l²) (22.59 here) or norms collapse; the code's other default, 20, is below it "
+    deviations="λ must be at least s·k·u²l²/(u² − l²) (22.59 here) or norms collapse; the code's other default, 20, is "
+    "below it "
     "and is refused. The published parallel code loses the norm's gradient where the class lives on another rank, and "
     "divides the encoder's gradient by the number of ranks; here both are exact",
-    goes_with="every source of prototypes, contrast, quality.estimator=magface; refused: encoder.last_bn=frozen (pins the norm), "
+    goes_with="every source of prototypes, contrast, quality.estimator=magface; refused: encoder.last_bn=frozen (pins the "
+    "norm), "
     "margin.gradient=straight_through (the margin would not reach the norm), λ below the bound, quality.loss_weight",
 )
 MAGFACE_COSFACE = replace(
@@ -194,8 +198,9 @@ VPL_ARCFACE = replace(
     "identities (passes, coverage)",
     deviations="Δ counts steps, so that with 3 million identities some 4 % are injected at a time (an issue of the code's "
     "users): prototypes.injection.passes and coverage. A user's re-run reports no gain: 96.66 against 96.79 on IJB-C",
-    goes_with="every margin, sampled prototypes (ours; the code refuses them), memory (ours), EPL, contrast; refused: memory with "
-    "gradient=batch or self_exclusion=loo, key_encoder with EPL's update=after, a start after the end of the run",
+    goes_with="every margin, sampled prototypes (ours; the code refuses them), memory (ours), EPL, contrast; refused: "
+    "memory with "
+    "gradient=batch, key_encoder with EPL's update=after, a start after the end of the run",
 )
 VPL_COSFACE = replace(
     VPL_ARCFACE,
@@ -213,14 +218,16 @@ EPL_COSFACE = replace(
     communication="the reductions of B numbers a second time, for the second term",
     source="Fan et al. 2024, Empirical Prototype Learning, arXiv 2405.12447 (abstract; the formulas are the code's: github "
     "WakingHours-GitHub/EPL)",
-    published="k = 0.7, softsign, E updated before the loss, second term from the 4th epoch; m = 0.4, s = 64; batch 512, lr 0.1, "
+    published="k = 0.7, softsign, E updated before the loss, second term from the 4th epoch; m = 0.4, s = 64; batch 512, lr "
+    "0.1, "
     "28 epochs, dropout 0.4",
     ours="E is empty until an identity is seen (the code starts with random rows); of several images of an identity the last "
     "one in the global order counts",
     deviations="updated before the loss, an image is in the prototype it is compared with: e is at least 0.94 whatever it was, "
     "and the margin nearly constant (0.66 to 0.70). The paper's reading: empirical.update=after, coefficient=sigmoid. A "
     "second summary of the margin (s/64) contradicts the code [not verified]",
-    goes_with="every margin, classifier and sampled prototypes, VPL, contrast, the unified criterion; refused: memory, update=before "
+    goes_with="every margin, classifier and sampled prototypes, VPL, contrast, the unified criterion; refused: memory, "
+    "update=before "
     "with train.accumulate > 1, stacked with margin.name=softmax",
 )
 EPL_ARCFACE = replace(
@@ -247,28 +254,33 @@ UNIFACE = replace(
 EPL_UNIFACE = replace(
     EPL_COSFACE,
     title="EPL with UniFace",
-    formula="the mean of UniFace's loss over W and over E, with one threshold b; both with the margin of CosFace, the second on "
+    formula="the mean of UniFace's loss over W and over E, with one threshold b; both with the margin of CosFace, the "
+    "second on "
     "top of k·e (stacked)",
     state=EPL_COSFACE.state + "; b, one number, the same on every rank",
-    published="k = 0.7, softsign, E updated before the loss, second term from the 4th epoch; m = 0.4, b starts at log(10·C), l = 1",
+    published="k = 0.7, softsign, E updated before the loss, second term from the 4th epoch; m = 0.4, b starts at "
+    "log(10·C), l = 1",
     deviations=EPL_ARCFACE.deviations,
 )
 
 COREFACE = replace(
     PLAIN,
     title="CoReFace",
-    formula="L = ½ CE(x¹) + ½ CE(x²) + w·CE(t·(C − m·I)), C_ij = cos(x¹_i, x²_j) between two dropout views, C_ij = 0 for other images "
+    formula="L = ½ CE(x¹) + ½ CE(x²) + w·CE(t·(C − m·I)), C_ij = cos(x¹_i, x²_j) between two dropout views, C_ij = 0 for "
+    "other images "
     "of the same identity; m ← 0.99·mean(C_ii − hardest negative) + 0.01·m",
     state=ROWS + "; m, one number, the same on every rank",
     communication="the gather of the second view, B×D; one number for m; nothing more with negatives=local",
     source="Song and Wang 2023, CoReFace, arXiv 2304.11668; code: github IsidoreSong/CoreFace, where it is called ContraFace",
-    published="ArcFace 0.5, s = 64; w = 0.05, t = 64; one view and dropout 0.4 for 7 epochs, then dropout 0.6; gradient clip 5; "
+    published="ArcFace 0.5, s = 64; w = 0.05, t = 64; one view and dropout 0.4 for 7 epochs, then dropout 0.6; gradient "
+    "clip 5; "
     "MS1MV2, batch 512, lr 0.1, ×0.1 at 8, 14, 20 of 24 to 26 epochs",
-    ours="one run with both phases (the released model went on from another run); m over all ranks and saved (theirs: per rank, "
+    ours="one run with both phases (the released model went on from another run); m over all ranks and saved (theirs: per "
+    "rank, "
     "lost at a restart)",
     deviations="the new value of m counts 0.99, hardly a running mean: contrast.momentum. Twins stay in the sum with e⁰: "
-    "contrast.mask. The published row takes the best checkpoint of each benchmark; their best single one has a mean of 97.22, "
-    "not 97.25",
+    "contrast.mask. Theirs clips the encoder's gradient alone, ours with the prototypes'. "
+    "The published row takes the best checkpoint of each benchmark; their best single one has a mean of 97.22, not 97.25",
     goes_with="every margin and source of prototypes (a memory makes its prototypes of the first view: ours); refused: "
     "train.accumulate > 1, contrast.dropout=0, encoder.dropout with start_epoch=0",
 )
@@ -283,7 +295,8 @@ MAGFACE_QAPM_VPL = replace(
     source="ours, unpublished; parts: MagFace, Quality-Aware Prototype Memory: VPL",
     published="nothing; λ = 0.15 and MagFace's numbers are those of their papers",
     ours="the combination, and all that prototype_memory leaves open; no result is known",
-    deviations="for plain means: quality.estimator=equal; without injection: prototypes.injection.weight=0 and no injection.steps",
+    deviations="for plain means: quality.estimator=equal; without injection: prototypes.injection.weight=0 and no "
+    "injection.steps",
     goes_with="contrast; refused: what magface and prototype_memory refuse, memory.gradient=batch",
 )
 COREFACE_EPL = replace(

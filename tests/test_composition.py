@@ -7,12 +7,13 @@ import torch
 from omegaconf import OmegaConf
 
 from benchmarks import composition
-from protomem import build, config, distributed
+from protomem import build, config, distributed, trainer
 from protomem.composition import late_parts
 from protomem.data.pipeline import normalise
 from protomem.errors import UserError
 from protomem.step import Extras, MicroBatch, forward_backward
 from tests.ranks import run_ranks
+from tests.test_training import settings
 
 # 4 of 40 identities a step, two images of each; some come back, and are injected then.
 LABELS = [[0, 0, 3, 3, 27, 27, 31, 31], [1, 1, 3, 3, 28, 28, 31, 31], [0, 0, 3, 3, 27, 27, 5, 5]]
@@ -177,10 +178,16 @@ def test_not_refused(settings):
 def test_what_begins_too_late_is_found_when_the_data_are_known():
     c = config.load([], [*composition.NEEDED, "prototypes.injection.weight=0.15", "schedule.epochs=2"])
     assert list(late_parts(c, epoch_steps=4001)) == []
-    assert "start=8000: the run ends at step 8000" in next(late_parts(c, epoch_steps=4000))
+    assert "injection.start=8000 is step 8000 of only 8000" in next(late_parts(c, epoch_steps=4000))
     more = ["prototypes.empirical.enabled=true", "contrast.weight=0.05", "schedule.epochs=0", "schedule.steps=300"]
     c = config.load([], [*composition.NEEDED, *more])
-    assert len(list(late_parts(c, epoch_steps=100))) == 2 and len(list(late_parts(c, epoch_steps=50))) == 1
+    assert [len(list(late_parts(c, epoch_steps=steps))) for steps in (100, 50, 40)] == [2, 1, 0]
+
+
+def test_what_begins_too_late_is_told_by_a_run(small_set, tmp_path):
+    more = ["contrast.weight=0.05", "contrast.start_epoch=1.5", "contrast.dropout=0.5"]  # 10 steps an epoch
+    with pytest.raises(UserError, match="start_epoch=1.5 is step 15 of only 8, so it would never begin"):
+        trainer.train(config.load([], settings(small_set, tmp_path, "schedule.steps=8", *more)))
 
 
 def test_quality_takes_magfaces_own_range():

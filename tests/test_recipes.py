@@ -57,7 +57,7 @@ def test_every_recipe_loads_with_a_minimal_config(name, tmp_path):
         ("quality_aware_prototype_memory_hard", {"quality": "recognizability, hard"}),
         ("magface", {"margin": "angle + 0.45 to 0.8 by norm", "regulariser": "norm 35"}),
         ("magface_cosface", {"margin": "cos − 0.35 to 0.8 by norm", "regulariser": "norm 150"}),
-        ("magface_qapm_vpl", {"columns": "memory + last features 0.15 (VPL)", "quality": "magface, soft", "regulariser": "norm 35"}),
+        ("magface_qapm_vpl", {"columns": "memory + last features 0.15 (VPL)", "quality": "magface, soft"}),
         (
             "coreface_epl",
             {
