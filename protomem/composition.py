@@ -231,8 +231,7 @@ def memory_mistakes(config: DictConfig) -> Iterator[str]:
     if q.usage == "soft" and q.minimum >= 1 and q.estimator != "external":
         yield (
             f"quality.minimum={q.minimum} gives every image the same weight, since scores of "
-            f"quality.estimator={q.estimator} are "
-            "between 0 and 1; lower it"
+            f"quality.estimator={q.estimator} are between 0 and 1; lower it"
         )
     if q.usage == "topk" and q.keep >= builders:
         yield f"quality.keep={q.keep} keeps all of the {builders} images that make a prototype; lower it"

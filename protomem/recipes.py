@@ -73,8 +73,8 @@ ARCFACE_INSIGHTFACE = replace(
     formula="value s·cos(θ_y + m), derivative s with respect to cos θ_y",
     published="m = 0.5 rad, s = 64, cos(θ + m) also beyond π (beyond_pi: raw), margin without a derivative (straight_through)",
     ours="W starts as N(0, 0.01)",
-    deviations="the true derivative is s·sin(θ + m)/sin θ: 2.19 times this one at 20°, 0.88 times at 90°. insightface reports "
-    "at most 69.08 per image, since it clamps the probability; ours is exact",
+    deviations="the true derivative is s·sin(θ + m)/sin θ: 2.19 times this one at 20°, 0.88 times at 90°. insightface "
+    "reports at most 69.08 per image, since it clamps the probability; ours is exact",
     goes_with=MARGINS_GO,
 )
 COMBINED = replace(
@@ -106,12 +106,12 @@ PROTOTYPE_MEMORY = Recipe(
     source="Smirnov et al. 2021, arXiv 2105.02103 (IEEE Access 2022)",
     published="a memory of limited size, prototypes from equal weights, written before the loss, oldest dequeued, regular "
     "refresh, any loss; no code and no further value is known to us",
-    ours="everything else: 100,000 slots, ring, refresh replaces the row, no gradient into prototypes, empty start, an image "
-    "stays in its own prototype, 4 images of an identity, 20 % of a batch drawn again from the memory, CosFace 0.4",
+    ours="everything else: 100,000 slots, ring, refresh replaces the row, no gradient into prototypes, empty start, an "
+    "image stays in its own prototype, 4 images of an identity, 20 % of a batch drawn again from the memory, CosFace 0.4",
     deviations="every open reading is a key of prototypes.memory and data.sampler: policy, momentum, fill, gradient, "
     "self_exclusion, average, key_encoder, refresh, pick",
-    goes_with="every margin, contrast, VPL (ours); refused: EPL (its prototypes are empirical already), train.accumulate > 1, "
-    "the shuffled sampler, VPL with gradient=batch",
+    goes_with="every margin, contrast, VPL (ours); refused: EPL (its prototypes are empirical already), train.accumulate "
+    "> 1, the shuffled sampler, VPL with gradient=batch",
 )
 QAPM = replace(
     PROTOTYPE_MEMORY,
@@ -121,8 +121,8 @@ QAPM = replace(
     communication="one all-reduce of D numbers (u); 16 more images are encoded per step, over all ranks",
     source="Smirnov et al. 2023, arXiv 2311.07734; 1 − cos as the score: Deng et al. 2021 (ERS), arXiv 2106.04112",
     published="the weighted mean, and a prototype of the unrecognizable (from a summary of the paper); no code is known to us",
-    ours=PROTOTYPE_MEMORY.ours + "; u from destroyed copies of batch images, decay 0.9; equal weights for the first 2 % of "
-    "steps",
+    ours=PROTOTYPE_MEMORY.ours + "; u from destroyed copies of batch images, decay 0.9; equal weights for the first 2 % "
+    "of steps",
     deviations="every open reading is a key of quality: estimator, usage, power, warmup, unrecognizable.source, pinned",
     goes_with=PROTOTYPE_MEMORY.goes_with + "; every quality.estimator with every quality.usage",
 )
@@ -134,8 +134,8 @@ QAPM_NORM = replace(
     communication=NOTHING,
     source="Smirnov et al. 2023, arXiv 2311.07734",
     published="the norm over the largest norm as quality (from a summary of the paper); the largest cancels in the mean",
-    ours=PROTOTYPE_MEMORY.ours + "; means of unit embeddings, so that norms count once; equal weights for the first 2 % of "
-    "steps",
+    ours=PROTOTYPE_MEMORY.ours + "; means of unit embeddings, so that norms count once; equal weights for the first 2 % "
+    "of steps",
     deviations="prototypes.memory.average=raw would let the norm count twice",
 )
 QAPM_HARD = replace(
@@ -158,21 +158,19 @@ QAPM_EXTERNAL = replace(
 MAGFACE = replace(
     PLAIN,
     title="MagFace",
-    formula="z_y = s·cos(θ_y + m(a)), m(a) a line from (l, m_l) to (u, m_u), a clamped to [l, u]; "
-    "L = mean CE + λ·mean g(a), g(a) = a/u² + 1/a",
+    formula="z_y = s·cos(θ_y + m(a)), m(a) a line from (l, m_l) to (u, m_u), a clamped to [l, u]; L = mean CE + λ·mean "
+    "g(a), g(a) = a/u² + 1/a",
     communication="nothing in a step: the margin needs the norm where the class lives, and norms come with the gathered "
     "embeddings; their gradient goes to the own rows. One number when logged",
     source="Meng et al. 2021 (CVPR), MagFace; settings of the authors' script (github IrvingMeng/MagFace, run.sh)",
-    published="l, u = 10, 110; margins 0.45, 0.8; λ = 35, s = 64; no margin where cos θ ≤ 0 (beyond_pi: easy); last BatchNorm "
-    "with a learned weight, dropout 0.4; batch 512, lr 0.1, 25 epochs, ×0.1 at 10, 18, 22",
+    published="l, u = 10, 110; margins 0.45, 0.8; λ = 35, s = 64; no margin where cos θ ≤ 0 (beyond_pi: easy); last "
+    "BatchNorm with a learned weight, dropout 0.4; batch 512, lr 0.1, 25 epochs, ×0.1 at 10, 18, 22",
     ours="λ, margins and range as published; regulariser over the images of the whole batch",
     deviations="λ must be at least s·k·u²l²/(u² − l²) (22.59 here) or norms collapse; the code's other default, 20, is "
-    "below it "
-    "and is refused. The published parallel code loses the norm's gradient where the class lives on another rank, and "
-    "divides the encoder's gradient by the number of ranks; here both are exact",
+    "below it and is refused. The published parallel code loses the norm's gradient where the class lives on another "
+    "rank, and divides the encoder's gradient by the number of ranks; here both are exact",
     goes_with="every source of prototypes, contrast, quality.estimator=magface; refused: encoder.last_bn=frozen (pins the "
-    "norm), "
-    "margin.gradient=straight_through (the margin would not reach the norm), λ below the bound, quality.loss_weight",
+    "norm), margin.gradient=straight_through (the margin would not reach the norm), λ below the bound, quality.loss_weight",
 )
 MAGFACE_COSFACE = replace(
     MAGFACE,
@@ -187,20 +185,19 @@ MAGFACE_COSFACE = replace(
 VPL_ARCFACE = replace(
     PLAIN,
     title="VPL with ArcFace",
-    formula="prototype j counts as norm((1 − λ_j)·norm(W_j) + λ_j·Q_j), Q_j the last unit feature of identity j, "
-    "λ_j = λ if it is at most Δ steps old and the start is past, else 0; then ArcFace",
+    formula="prototype j counts as norm((1 − λ_j)·norm(W_j) + λ_j·Q_j), Q_j the last unit feature of identity j, λ_j = λ "
+    "if it is at most Δ steps old and the start is past, else 0; then ArcFace",
     state=ROWS + "; Q_j [D] and the step in which it was seen, split like W",
     communication="nothing; with injection.key_encoder the gather of its features, B×D",
     source="Deng et al. 2021 (CVPR), Variational Prototype Learning; code in insightface (recognition/vpl)",
-    published="λ = 0.15, Δ = 200 steps, from step 8000, ArcFace 0.5 with its true derivative, no averaged encoder (the code "
-    "has one as an option, 0.999)",
-    ours="of several images of an identity in a batch the last one in the global order is kept; Δ may also be a share of the "
-    "identities (passes, coverage)",
+    published="λ = 0.15, Δ = 200 steps, from step 8000, ArcFace 0.5 with its true derivative, no averaged encoder (the "
+    "code has one as an option, 0.999)",
+    ours="of several images of an identity in a batch the last one in the global order is kept; Δ may also be a share of "
+    "the identities (passes, coverage)",
     deviations="Δ counts steps, so that with 3 million identities some 4 % are injected at a time (an issue of the code's "
     "users): prototypes.injection.passes and coverage. A user's re-run reports no gain: 96.66 against 96.79 on IJB-C",
     goes_with="every margin, sampled prototypes (ours; the code refuses them), memory (ours), EPL, contrast; refused: "
-    "memory with "
-    "gradient=batch, key_encoder with EPL's update=after, a start after the end of the run",
+    "memory with gradient=batch, key_encoder with EPL's update=after, a start after the end of the run",
 )
 VPL_COSFACE = replace(
     VPL_ARCFACE,
@@ -212,30 +209,28 @@ VPL_COSFACE = replace(
 EPL_COSFACE = replace(
     PLAIN,
     title="EPL with CosFace",
-    formula="L = ½ CE(x, W; CosFace) + ½ CE(x, E), target of the second: value (1 − k)·e, derivative that of e = cos(x, E_y); "
-    "E_y ← norm(α·E_y + (1 − α)·x), α = softsign(cos(x, E_y))",
+    formula="L = ½ CE(x, W; CosFace) + ½ CE(x, E), target of the second: value (1 − k)·e, derivative that of e = cos(x, "
+    "E_y); E_y ← norm(α·E_y + (1 − α)·x), α = softsign(cos(x, E_y))",
     state=ROWS + "; E_j [D] and whether it was seen, split like W, without gradient or momentum",
     communication="the reductions of B numbers a second time, for the second term",
-    source="Fan et al. 2024, Empirical Prototype Learning, arXiv 2405.12447 (abstract; the formulas are the code's: github "
-    "WakingHours-GitHub/EPL)",
-    published="k = 0.7, softsign, E updated before the loss, second term from the 4th epoch; m = 0.4, s = 64; batch 512, lr "
-    "0.1, "
-    "28 epochs, dropout 0.4",
-    ours="E is empty until an identity is seen (the code starts with random rows); of several images of an identity the last "
-    "one in the global order counts",
-    deviations="updated before the loss, an image is in the prototype it is compared with: e is at least 0.94 whatever it was, "
-    "and the margin nearly constant (0.66 to 0.70). The paper's reading: empirical.update=after, coefficient=sigmoid. A "
-    "second summary of the margin (s/64) contradicts the code [not verified]",
+    source="Fan et al. 2024, Empirical Prototype Learning, arXiv 2405.12447 (abstract; the formulas are the code's: "
+    "github WakingHours-GitHub/EPL)",
+    published="k = 0.7, softsign, E updated before the loss, second term from the 4th epoch; m = 0.4, s = 64; batch 512, "
+    "lr 0.1, 28 epochs, dropout 0.4",
+    ours="E is empty until an identity is seen (the code starts with random rows); of several images of an identity the "
+    "last one in the global order counts",
+    deviations="updated before the loss, an image is in the prototype it is compared with: e is at least 0.94 whatever it "
+    "was, and the margin nearly constant (0.66 to 0.70). The paper's reading: empirical.update=after, "
+    "coefficient=sigmoid. A second summary of the margin (s/64) contradicts the code [not verified]",
     goes_with="every margin, classifier and sampled prototypes, VPL, contrast, the unified criterion; refused: memory, "
-    "update=before "
-    "with train.accumulate > 1, stacked with margin.name=softmax",
+    "update=before with train.accumulate > 1, stacked with margin.name=softmax",
 )
 EPL_ARCFACE = replace(
     EPL_COSFACE,
     title="EPL with ArcFace",
     formula=EPL_COSFACE.formula.replace("CosFace", "ArcFace") + "; the ArcFace margin comes on top in both halves (stacked)",
-    published="k = 0.7, softsign, E updated before the loss, second term from the 4th epoch; ArcFace 0.4 with derivative 1 "
-    "(straight_through), also in the second term (stacked), s = 64",
+    published="k = 0.7, softsign, E updated before the loss, second term from the 4th epoch; ArcFace 0.4 with derivative "
+    "1 (straight_through), also in the second term (stacked), s = 64",
     deviations=EPL_COSFACE.deviations + ". Only the code's ArcFace and UniFace heads stack the margins: empirical.stacked",
 )
 UNIFACE = replace(
@@ -255,8 +250,7 @@ EPL_UNIFACE = replace(
     EPL_COSFACE,
     title="EPL with UniFace",
     formula="the mean of UniFace's loss over W and over E, with one threshold b; both with the margin of CosFace, the "
-    "second on "
-    "top of k·e (stacked)",
+    "second on top of k·e (stacked)",
     state=EPL_COSFACE.state + "; b, one number, the same on every rank",
     published="k = 0.7, softsign, E updated before the loss, second term from the 4th epoch; m = 0.4, b starts at "
     "log(10·C), l = 1",
@@ -267,20 +261,17 @@ COREFACE = replace(
     PLAIN,
     title="CoReFace",
     formula="L = ½ CE(x¹) + ½ CE(x²) + w·CE(t·(C − m·I)), C_ij = cos(x¹_i, x²_j) between two dropout views, C_ij = 0 for "
-    "other images "
-    "of the same identity; m ← 0.99·mean(C_ii − hardest negative) + 0.01·m",
+    "other images of the same identity; m ← 0.99·mean(C_ii − hardest negative) + 0.01·m",
     state=ROWS + "; m, one number, the same on every rank",
     communication="the gather of the second view, B×D; one number for m; nothing more with negatives=local",
     source="Song and Wang 2023, CoReFace, arXiv 2304.11668; code: github IsidoreSong/CoreFace, where it is called ContraFace",
     published="ArcFace 0.5, s = 64; w = 0.05, t = 64; one view and dropout 0.4 for 7 epochs, then dropout 0.6; gradient "
-    "clip 5; "
-    "MS1MV2, batch 512, lr 0.1, ×0.1 at 8, 14, 20 of 24 to 26 epochs",
+    "clip 5; MS1MV2, batch 512, lr 0.1, ×0.1 at 8, 14, 20 of 24 to 26 epochs",
     ours="one run with both phases (the released model went on from another run); m over all ranks and saved (theirs: per "
-    "rank, "
-    "lost at a restart)",
+    "rank, lost at a restart)",
     deviations="the new value of m counts 0.99, hardly a running mean: contrast.momentum. Twins stay in the sum with e⁰: "
-    "contrast.mask. Theirs clips the encoder's gradient alone, ours with the prototypes'. "
-    "The published row takes the best checkpoint of each benchmark; their best single one has a mean of 97.22, not 97.25",
+    "contrast.mask. Theirs clips the encoder's gradient alone, ours with the prototypes'. The published row takes the "
+    "best checkpoint of each benchmark; their best single one has a mean of 97.22, not 97.25",
     goes_with="every margin and source of prototypes (a memory makes its prototypes of the first view: ours); refused: "
     "train.accumulate > 1, contrast.dropout=0, encoder.dropout with start_epoch=0",
 )
@@ -288,8 +279,8 @@ COREFACE = replace(
 MAGFACE_QAPM_VPL = replace(
     QAPM,
     title="MagFace, quality-aware memory and VPL (ours, unpublished)",
-    formula="p_c = norm(Σ q_j x_j / Σ q_j), q_j = (a_j clamped to [l, u] − l)/(u − l); rows count as norm((1 − λ)·p + λ·Q); "
-    "then MagFace",
+    formula="p_c = norm(Σ q_j x_j / Σ q_j), q_j = (a_j clamped to [l, u] − l)/(u − l); rows count as norm((1 − λ)·p + "
+    "λ·Q); then MagFace",
     state=PROTOTYPE_MEMORY.state + "; the last feature of each stored identity",
     communication=MAGFACE.communication,
     source="ours, unpublished; parts: MagFace, Quality-Aware Prototype Memory: VPL",
