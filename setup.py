@@ -1,9 +1,21 @@
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 version = (here / "protomem" / "__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
+
+
+class BuildWithConfigs(build_py):
+    """A wheel has the recipes inside of the package; an editable install finds them beside it."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(here / "configs", Path(self.build_lib) / "protomem" / "configs", dirs_exist_ok=True)
+
 
 setup(
     name="protomem",
@@ -15,6 +27,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["protomem", "protomem.*"]),
     package_data={"protomem.data.faces": ["*.npz", "NOTICE"]},
+    cmdclass={"build_py": BuildWithConfigs},
     install_requires=[
         "torch>=2.9",
         "numpy>=1.26",

@@ -25,7 +25,7 @@ from protomem.prototypes.empirical import EmpiricalPrototypes
 from protomem.prototypes.memory import PrototypeMemory
 from protomem.prototypes.sampled import SampledShard
 from protomem.prototypes.slots import Slots
-from protomem.quality import Quality
+from protomem.quality import NORMS, Quality
 from protomem.seeds import mix
 
 log = logging.getLogger(__name__)
@@ -97,12 +97,14 @@ def prototypes_from(config: DictConfig, num_identities: int, device: torch.devic
 
 def memory_from(config: DictConfig, num_identities: int, total_steps: int) -> PrototypeMemory:
     size, m, q = config.encoder.embedding_size, config.prototypes.memory, config.quality
+    g = config.margin.magnitude
     quality = Quality(
         size,
         **{k: q[k] for k in ("estimator", "usage", "power", "minimum", "threshold", "quantile", "on_empty", "keep", "loss_weight")},
         warmup=round(q.warmup * total_steps),
         unrecognizable="low_norm" if q.unrecognizable.source == "low_norm" else "given",
         decay=q.unrecognizable.decay,
+        norms=(g.lower, g.upper) if config.margin.name == "magface" else NORMS,
     )
     return PrototypeMemory(
         num_identities,
@@ -136,8 +138,6 @@ def optimizers_from(config: DictConfig, encoder, prototypes, criterion) -> dict[
     group = {"params": [prototypes.weight], "lr_scale": ratio, "weight_decay": head_decay, "sharded": True}
     if not prototypes.row_sparse:
         built["prototypes"] = optim.build_optimizer([group], o.name, lr=o.lr, fused=o.fused, **options)
-    elif o.name == "lamb":
-        raise UserError("optimizer.name=lamb has no row-sparse form; use sgd or adamw with prototypes.source=sampled")
     elif o.name == "sgd":
         del group["sharded"]
         built["prototypes"] = optim.RowSGD([group], o.lr, o.momentum, head_decay, o.nesterov)

@@ -1,4 +1,4 @@
-"""The command line: `protomem train|evaluate|embed|report|data`. Heavy modules are imported by the command that needs them."""
+"""The command line: `protomem train|evaluate|embed|report|data|recipes`. Heavy modules are imported by the command that needs them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from protomem.data.commands import app as data_app
 from protomem.errors import UserError
+from protomem.recipe_commands import app as recipes_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +19,7 @@ app = typer.Typer(
     help="Train face embeddings on millions of identities, with prototypes sharded over ranks.",
 )
 app.add_typer(data_app, name="data", help="Look at, check, convert and make training data and verification pairs.")
+app.add_typer(recipes_app, name="recipes", help="List the methods, with their parts; `recipes show NAME` explains one.")
 
 
 @app.command()

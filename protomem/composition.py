@@ -23,14 +23,25 @@ def method_mistakes(config: DictConfig) -> Iterator[str]:
     yield from _injection_mistakes(config)
     yield from _empirical_mistakes(config)
     yield from _contrast_mistakes(config)
+    yield from _encoder_mistakes(config)
+    yield from _optimizer_mistakes(config)
+    yield from late_parts(config)
 
 
 def _margin_mistakes(config: DictConfig) -> Iterator[str]:
     m = config.margin
+    if m.filter_above >= 1:
+        yield f"margin.filter_above={m.filter_above}: no cosine is larger, so nothing would be filtered; use less (0.4)"
+    angle = {"arcface": m.m, "combined": m.m2}.get(m.name)
+    if angle == 0 and (m.name == "arcface" or m.m1 in (None, 1)):
+        if m.beyond_pi != "threshold":
+            yield f"margin.beyond_pi={m.beyond_pi} has no effect without an angle in the margin; remove it"
+        if m.gradient != "true":
+            yield f"margin.gradient={m.gradient} has no effect without an angle in the margin; remove it"
     if m.name != "magface":
         return
-    g = m.magnitude
-    if config.encoder.last_bn == "frozen":
+    g, p = m.magnitude, config.prototypes
+    if config.encoder.last_bn == "frozen" and not config.encoder.name.startswith("vit"):  # those have none
         yield (
             "margin.name=magface with encoder.last_bn=frozen: a frozen last BatchNorm pins the embedding norm that MagFace wants "
             "to move; set encoder.last_bn=learnable"
@@ -49,12 +60,21 @@ def _margin_mistakes(config: DictConfig) -> Iterator[str]:
     elif g.kind == "arcface" and g.upper_margin >= 3.14:
         yield f"margin.magnitude.upper_margin={g.upper_margin} is an angle in radians below pi"
     else:
-        bound = least_weight(m.scale, g.lower, g.upper, g.lower_margin, g.upper_margin)
+        bound, why = least_weight(m.scale, g.lower, g.upper, g.lower_margin, g.upper_margin), "these magnitudes"
+        if p.source == "memory" and p.memory.self_exclusion == "split":
+            k = config.data.sampler.images_per_identity
+            # Only what is classified has a margin, and counts so much more in the mean; every image has the regulariser.
+            bound, why = bound * k / max(k // 2, 1), why + ", and self_exclusion=split, where fewer images are classified"
         if g.weight < bound:
             yield (
-                f"margin.magnitude.weight={g.weight} is below the bound {bound:.4g} of margin.scale={m.scale} and these magnitudes: "
+                f"margin.magnitude.weight={g.weight} is below the bound {bound:.4g} of margin.scale={m.scale} and {why}: "
                 f"norms would collapse to the lower end; use {bound:.4g} or more"
             )
+    if config.quality.loss_weight > 0:
+        yield (
+            "margin.name=magface with quality.loss_weight: an image that counts more than others in the loss breaks the "
+            "bound on margin.magnitude.weight, which rewards every norm alike; set quality.loss_weight=0"
+        )
 
 
 def _injection_mistakes(config: DictConfig) -> Iterator[str]:
@@ -118,6 +138,51 @@ def _contrast_mistakes(config: DictConfig) -> Iterator[str]:
             f"contrast with train.accumulate={config.train.accumulate}: images are contrasted within the batch, so it cannot be "
             "cut; use accumulate=1"
         )
+    if c.start_epoch == 0 and config.encoder.dropout > 0:
+        yield (
+            f"encoder.dropout={config.encoder.dropout} has no effect with contrast.start_epoch=0, from where on "
+            "contrast.dropout counts; remove it"
+        )
+
+
+def _encoder_mistakes(config: DictConfig) -> Iterator[str]:
+    e = config.encoder
+    if e.name.startswith("vit"):
+        for key, default in (("last_bn", "frozen"), ("freeze_statistics", False), ("sync_bn", False)):
+            if e[key] != default:
+                yield f"encoder.{key}={e[key]} has no effect on encoder.name={e.name}, which has no BatchNorm; remove it"
+    if e.freeze_statistics and e.sync_bn:
+        yield "encoder.sync_bn has no effect with encoder.freeze_statistics=true: no batch statistics are taken; remove one"
+
+
+def _optimizer_mistakes(config: DictConfig) -> Iterator[str]:
+    o = config.optimizer
+    if o.name == "lamb" and config.prototypes.source == "sampled":
+        yield "optimizer.name=lamb has no row-sparse form; use sgd or adamw with prototypes.source=sampled"
+    if o.nesterov and o.momentum == 0:
+        yield "optimizer.nesterov has no effect with optimizer.momentum=0; remove it"
+
+
+def late_parts(config: DictConfig, epoch_steps: int = 0) -> Iterator[str]:
+    """Parts that would begin when the run is over. epoch_steps: 0 while the data are not known, and with them what an epoch
+    is in steps."""
+    s, p, c = config.schedule, config.prototypes, config.contrast
+    epochs = {}
+    if p.empirical.enabled:
+        epochs["prototypes.empirical.start_epoch"] = p.empirical.start_epoch
+    if c.weight > 0:
+        epochs["contrast.start_epoch"] = c.start_epoch
+    total, starts = s.steps or s.epochs * epoch_steps, {}
+    if p.injection.weight > 0:
+        starts["prototypes.injection.start"] = (p.injection.start, p.injection.start)
+    if epoch_steps:
+        starts |= {key: (start, round(start * epoch_steps)) for key, start in epochs.items()}
+    for key, (start, step) in starts.items():
+        if total and step >= total:
+            yield f"{key}={start:g} is step {step} of only {total}, so it would never begin; lower it, or train longer"
+    for key, start in epochs.items():
+        if s.epochs and start >= s.epochs:
+            yield f"{key}={start:g} is past the last of {s.epochs} epochs, so it would never begin; lower it, or train longer"
 
 
 def memory_mistakes(config: DictConfig) -> Iterator[str]:
@@ -130,6 +195,8 @@ def memory_mistakes(config: DictConfig) -> Iterator[str]:
             "data.sampler.name=shuffled leaves most identities a single image, which would be their whole prototype; use mixed, "
             "group or balanced"
         )
+    if s.pick != "random" and s.refresh == 0:
+        yield f"data.sampler.pick={s.pick} has no effect with data.sampler.refresh=0: nobody is drawn again; remove it"
     if k < 2:
         yield "data.sampler.images_per_identity=1: the prototype would be the image itself; use 2 or more"
     if config.train.accumulate > 1:
@@ -160,10 +227,21 @@ def memory_mistakes(config: DictConfig) -> Iterator[str]:
         yield f"optimizer.head.lr has no effect: the rows of prototypes.memory.gradient={m.gradient} do not learn; remove it"
     if config.optimizer.head.weight_decay is not None:
         yield "optimizer.head.weight_decay has no effect on a prototype memory; remove it"
+    if q.usage == "soft" and q.power == 0:
+        yield "quality.power=0 gives every image the same weight; use more than 0, or quality.estimator=equal"
+    if q.usage == "soft" and q.minimum >= 1 and q.estimator != "external":
+        yield (
+            f"quality.minimum={q.minimum} gives every image the same weight, since scores of "
+            f"quality.estimator={q.estimator} are between 0 and 1; lower it"
+        )
     if q.usage == "topk" and q.keep >= builders:
         yield f"quality.keep={q.keep} keeps all of the {builders} images that make a prototype; lower it"
     if q.usage == "hard" and q.threshold is None and not 0 < q.quantile < 1:
         yield f"quality.quantile={q.quantile} rejects nobody or everybody; set it between 0 and 1, or set quality.threshold"
+    if q.usage == "hard" and q.threshold is None and 0 < q.quantile * batch < 1:
+        yield f"quality.quantile={q.quantile} of train.batch_size={batch} is less than one image: nobody is rejected; raise it"
+    if q.threshold is not None and q.threshold <= 0:
+        yield f"quality.threshold={q.threshold} accepts everything: scores are not negative; raise it"
     if q.threshold is not None and q.quantile != 0.1:
         yield "quality.threshold and quality.quantile are both set; keep one"
     if q.threshold is not None and q.threshold > 1 and q.estimator != "external":

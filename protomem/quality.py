@@ -20,7 +20,7 @@ from protomem import distributed
 ESTIMATORS = ("equal", "norm", "recognizability", "external", "magface", "zscore")
 USAGES = ("soft", "hard", "topk")
 LOWEST = 0.02  # share of the batch whose small norms stand for the unrecognizable (`low_norm`)
-NORMS = 10.0, 110.0  # MagFace's range of magnitudes
+NORMS = 10.0, 110.0  # range of magnitudes of MagFace's own settings, for encoders that this run does not train with MagFace
 SLOPE, PACE = 0.333, 0.01  # AdaFace's h, and the weight of a batch in the running mean and deviation
 
 
@@ -40,8 +40,9 @@ class Quality(nn.Module):
     """Scores of a batch and the weights that an identity's images get in its prototype.
 
     unrecognizable: `given` (embeddings of unrecognizable images come by `see`) or `low_norm` (taken from the batch).
-    decay: of the running mean of their unit embeddings. warmup: first steps, with equal weights. The other arguments
-    are explained in configs/default.yaml under `quality`. Raises ValueError for an unknown estimator, usage or on_empty.
+    decay: of the running mean of their unit embeddings. norms: (lower, upper) of `magface`. warmup: first steps, with equal
+    weights. The other arguments are explained in configs/default.yaml under `quality`. Raises ValueError for an unknown
+    estimator, usage or on_empty.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Quality(nn.Module):
         loss_weight: float = 0.0,
         unrecognizable: str = "given",
         decay: float = 0.9,
+        norms: tuple[float, float] = NORMS,
     ):
         super().__init__()
         if estimator not in ESTIMATORS or usage not in USAGES or on_empty not in ("equal", "best", "skip"):
@@ -67,6 +69,7 @@ class Quality(nn.Module):
         self.estimator, self.usage, self.power, self.minimum = estimator, usage, power, minimum
         self.threshold, self.quantile, self.on_empty, self.keep = threshold, quantile, on_empty, keep
         self.warmup, self.loss_weight, self.unrecognizable, self.decay = warmup, loss_weight, unrecognizable, decay
+        self.norms = norms
         self.register_buffer("ui", torch.zeros(embedding_size))  # running mean of unit embeddings; zero: nothing seen yet
         self.register_buffer("norm_mean", torch.zeros(()))
         self.register_buffer("norm_std", torch.zeros(()))  # zero: nothing seen yet
@@ -93,13 +96,15 @@ class Quality(nn.Module):
         numbers from the data, for that estimator.
 
         norm: |x| / max |x|. recognizability: clamp(1 - cos(x, u), 0, 1) with u the prototype of the unrecognizable.
-        magface: (clamp(|x|, 10, 110) - 10) / 100. zscore: sigmoid(0.333 (|x| - mean) / std), running mean and std.
+        magface: (clamp(|x|, l, u) - l) / (u - l) with (l, u) = `norms`. zscore: sigmoid(0.333 (|x| - mean) / std), running
+        mean and std.
         """
         norm = embeddings.detach().norm(dim=1)
         if self.estimator == "norm":
             return norm / norm.amax().clamp_min(1e-12)
         if self.estimator == "magface":
-            return (norm.clamp(*NORMS) - NORMS[0]) / (NORMS[1] - NORMS[0])
+            lower, upper = self.norms
+            return (norm.clamp(lower, upper) - lower) / (upper - lower)
         if self.estimator == "external":
             return external.to(norm.dtype).clamp_min(0)
         if self.estimator == "zscore":

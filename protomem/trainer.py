@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from protomem import build, checks, distributed, optim, state
+from protomem import build, checks, composition, distributed, optim, state
 from protomem.data.augment import AugmentOptions
 from protomem.data.inspect import known_bad
 from protomem.data.pairs import read_bin
@@ -69,6 +69,8 @@ class Run:
         s, t, world = self.config.schedule, self.config.train, self.context.world_size
         self.epoch_steps = self.sampler.steps_per_epoch
         self.total = s.steps or s.epochs * self.epoch_steps
+        for mistake in composition.late_parts(self.config, self.epoch_steps):
+            raise UserError(mistake)
         self.warmup = s.warmup_steps or round(s.warmup_epochs * self.epoch_steps)
         self.parts = checks.cut_rows(t.batch_size, self.sampler.together, world, t.accumulate)
         self._learning_rate(0)  # a schedule that makes no sense is told before anything is built
