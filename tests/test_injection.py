@@ -78,13 +78,16 @@ def by_loops(x, c: Columns, threshold=None):
 
 
 @pytest.mark.parametrize("unit", [False, True])
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
 def test_heads_equal_the_slow_formula(share, unit, monkeypatch):
     for mapped, hidden, filtered in itertools.product((False, True), repeat=3):
         problem = head_problem(share, unit, mapped, hidden)
+        count = (problem[1].injection.weight > 0).sum()
+        assert count == 14 * share if share != 0.2 else 1 <= count <= 3  # of 14: few enough to be swapped one by one
         expected = by_loops(*problem, 0.3 if filtered else None)
         negatives = interclass_filter(0.3) if filtered else None
-        blocks = [("blocked", a, dict(block=b, store_mb=m)) for a in ({"cpu"}, set()) for b in (1, 5, 14) for m in (0, 3e-4, 16)]
+        sizes = [dict(block=b, store_mb=m) for b in (1, 5, 14) for m in (0, 3e-4, 16)]
+        blocks = itertools.product(["blocked"], ({"cpu"}, set()), sizes)
         for head, asks, options in [("dense", set(), {}), *blocks]:
             monkeypatch.setattr(mixer, "ASKS", asks)
             found = by_head(head, *problem, negatives, **options)
@@ -99,7 +102,7 @@ def test_heads_equal_the_slow_formula(share, unit, monkeypatch):
 def test_rows_and_operands_of_half_precision(unit, asks, monkeypatch):
     """bf16 operands cost a percent; rows that are stored in bf16 are mixed in fp32, and stay as they are."""
     monkeypatch.setattr(mixer, "ASKS", asks)
-    x, columns = head_problem(0.3, unit, True, False, classes=2000, batch=64, size=512, features=2100)
+    x, columns = head_problem(0.2, unit, True, False, classes=2000, batch=64, size=512, features=2100)
     exact = by_head("dense", x, columns, scale=64.0)
     single = Columns(**{**vars(columns), "rows": columns.rows.float()})
     found = by_head("blocked", x.float(), single, scale=64.0, precision="bf16")
@@ -112,7 +115,7 @@ def test_rows_and_operands_of_half_precision(unit, asks, monkeypatch):
 
 def test_rows_come_back_when_something_fails():
     x, columns = head_problem(0.0, False, False, False)
-    columns.injection.weight[[2, 5, 9]] = 0.4
+    columns.injection.weight[[5, 9]] = 0.4
     columns.sink, before = GradSink(), columns.rows.clone()
     columns.sink.begin(columns.rows)
 
@@ -178,6 +181,8 @@ CASES = {
     "filtered": (13, 9, "filtered", "dense", "classifier", 1, {"cpu"}),
     "all_rows": (13, 10, "combined", "blocked", "classifier", 1, set()),
     "accumulated": (13, 11, "arcface", "blocked", "classifier", 2, {"cpu"}),
+    "few_of_many": (41, 10, "arcface", "blocked", "classifier", 1, {"cpu"}),
+    "few_of_many_accumulated": (41, 10, "filtered", "blocked", "sampled", 2, {"cpu"}),
     "fewer_identities_than_ranks": (3, 8, "cosface", "blocked", "classifier", 1, {"cpu"}),
     "sampled_all": (13, 10, "arcface", "blocked", "sampled", 1, {"cpu"}),
     "sampled_accumulated": (13, 10, "arcface_straight_through", "dense", "sampled", 2, {"cpu"}),
@@ -190,7 +195,7 @@ def data(identities: int, batch: int):
     random = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     encoder, weight, steps = random(D, INPUTS), random(identities, D), []
     for _ in range(STEPS):
-        few = torch.randperm(identities, generator=g)[: max(2, identities // 3)]
+        few = torch.randperm(identities, generator=g)[: min(max(2, identities // 3), 4)]
         steps.append((random(batch, INPUTS), few[torch.randint(0, len(few), (batch,), generator=g)]))
     return encoder, weight, steps
 
@@ -258,7 +263,7 @@ def fast_steps(case: str, rate: float = 1.0):
             parts.append(MicroBatch(inputs[lo:hi], labels[lo:hi], [b - a for a, b in bounds]))
 
         def head(x, columns, scale, negatives):
-            return HEADS[backend](x, columns, scale, negatives, block=3, store_mb=(0, 0.0003, 16)[step % 3])
+            return HEADS[backend](x, columns, scale, negatives, block=(3, 16)[step % 2], store_mb=(0, 0.0003, 16)[step % 3])
 
         encoder_learner.zero_grad()
         stats = forward_backward(parts, model, shard, head, build_margin(scale=SCALE, **MARGINS[margin]), step, observe=True)

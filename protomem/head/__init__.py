@@ -6,4 +6,6 @@ from protomem.head.dense import dense_head
 
 HEADS = {"dense": dense_head, "blocked": blocked_head}
 
-__all__ = ["HEADS", "Columns", "GradSink", "Injection", "Live", "Nearest", "Negatives", "blocked_head", "dense_head", "objective"]
+__all__ = [
+    *("HEADS", "Columns", "GradSink", "Injection", "Live", "Nearest", "Negatives", "blocked_head", "dense_head", "objective")
+]

@@ -42,8 +42,8 @@ class Mixer:
         """Rows start:stop as an operand [K, D] with v in the place of w, until `restore`. 1 / |v| goes into inverse [C]."""
         block, weight = self.rows[start:stop], self.weight[start:stop]
         self.active = weight.nonzero().squeeze(1) if self.asks else None
-        if self.active is not None and 2 * len(self.active) > len(weight):
-            self.active = None  # one pass over all is cheaper than gathering most
+        if self.active is not None and 4 * len(self.active) > len(weight):
+            self.active = None  # from a quarter on gathering them costs more than a pass over all (measured)
         at = slice(start, stop) if self.active is None else self.active + start
         share = self.share = self.weight[at]
         w = self.w = self._take(self.rows, at, self.room[0])
