@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 
 import torch
 from omegaconf import DictConfig
@@ -79,9 +80,10 @@ def sampler_from(config: DictConfig, records):
 
 def prototypes_from(config: DictConfig, num_identities: int, device: torch.device, total_steps: int, epoch_steps: int):
     size, p = config.encoder.embedding_size, config.prototypes
+    injection = injection_from(config, num_identities, total_steps)
     if p.source == "memory":
-        return memory_from(config, num_identities, total_steps).to(device)
-    options = {"seed": mix(config.train.seed, 2), "std": p.init_std}
+        return memory_from(config, num_identities, total_steps, injection).to(device)
+    options = {"seed": mix(config.train.seed, 2), "std": p.init_std, "injection": injection}
     if p.source == "sampled":
         shard = SampledShard(num_identities, size, rate=p.rate, **options)
     else:
@@ -95,7 +97,32 @@ def prototypes_from(config: DictConfig, num_identities: int, device: torch.devic
     return shard.to(device)
 
 
-def memory_from(config: DictConfig, num_identities: int, total_steps: int) -> PrototypeMemory:
+def injection_from(config: DictConfig, num_identities: int, total_steps: int) -> dict | None:
+    """weight, steps and start of the features that are mixed into the prototypes (VPL), or None.
+
+    passes and coverage become steps from the n identities that a batch holds (with data.sampler.name=shuffled: that one of
+    equally frequent identities is expected to hold): passes C / n, and log(1 - coverage) / log(1 - n / C), after which a
+    batch that is drawn anew each time has left out 1 - coverage of them. Raises UserError if it would never act.
+    """
+    i, s, c = config.prototypes.injection, config.data.sampler, num_identities
+    if not i.weight:
+        return None
+    if max(i.start, 1) >= total_steps:
+        raise UserError(
+            f"prototypes.injection.start={i.start}: the run ends after {total_steps} steps, so nothing would ever be injected; "
+            "lower it, or train longer"
+        )
+    batch = config.train.batch_size
+    n = c * (1 - (1 - 1 / c) ** batch) if s.name == "shuffled" else batch // s.images_per_identity
+    steps = i.steps
+    if i.passes:
+        steps = i.passes * c / n
+    elif i.coverage:
+        steps = math.log1p(-i.coverage) / math.log1p(-n / c) if n < c else 1
+    return {"weight": i.weight, "steps": max(1, round(steps)), "start": i.start}
+
+
+def memory_from(config: DictConfig, num_identities: int, total_steps: int, injection: dict | None = None) -> PrototypeMemory:
     size, m, q = config.encoder.embedding_size, config.prototypes.memory, config.quality
     g = config.margin.magnitude
     quality = Quality(
@@ -115,6 +142,7 @@ def memory_from(config: DictConfig, num_identities: int, total_steps: int) -> Pr
         pinned=q.unrecognizable.pinned,
         seed=mix(config.train.seed, 2),
         look_alikes=config.data.sampler.name == "mixed" and config.data.sampler.pick == "look_alike",
+        injection=injection,
     )
 
 

@@ -57,6 +57,7 @@ OPTIONS = {
     "warmup": (0, 4),
     "margin": tuple(MARGINS),
     "backend": ("blocked", "dense"),
+    "injection": (0.0, 0.3),
 }
 
 
@@ -76,6 +77,7 @@ USUAL = dict(
     warmup=0,
     margin="cosface",
     backend="blocked",
+    injection=0.0,
 )
 
 
@@ -93,6 +95,8 @@ def slow_phi(options: dict, cos: torch.Tensor) -> torch.Tensor:
 def allowed(case: dict) -> bool:
     """Whether a (partial) configuration makes sense; the others are refused by protomem/config.py."""
     if case.get("storage") == "bf16" and case.get("gradient", "none") != "none":
+        return False
+    if case.get("injection") and case.get("gradient", "none") == "batch":
         return False
     if case.get("pinned") and case.get("estimator", "given") not in ("given", "low_norm"):
         return False
@@ -203,9 +207,13 @@ def memory_options(case: dict) -> dict:
     return {k: case[k] for k in ("policy", "momentum", "gradient", "self_exclusion", "average", "storage", "pinned")}
 
 
+def injection_options(case: dict) -> dict | None:
+    return dict(weight=case["injection"], steps=3, start=2) if case["injection"] else None
+
+
 def build(case: dict) -> PrototypeMemory:
-    quality = Quality(D, **quality_options(case))
-    return PrototypeMemory(C, D, size=case["size"], fill=case["fill"], quality=quality, seed=5, **memory_options(case))
+    more = memory_options(case) | dict(quality=Quality(D, **quality_options(case)), injection=injection_options(case))
+    return PrototypeMemory(C, D, size=case["size"], fill=case["fill"], seed=5, **more)
 
 
 def run_memory(case: dict, steps: int) -> list[dict]:
@@ -253,7 +261,8 @@ def run_memory(case: dict, steps: int) -> list[dict]:
 
 def run_reference(case: dict, steps: int, fillers: list[torch.Tensor]) -> list[dict]:
     quality = QualityReference(**quality_options(case))
-    memory = MemoryReference(case["size"], quality, fillers=fillers, **memory_options(case))
+    more = memory_options(case) | dict(injection=injection_options(case))
+    memory = MemoryReference(case["size"], quality, fillers=fillers, **more)
     options = MARGINS[case["margin"]]
     records = []
     for step, batch in enumerate(batches(case, steps)):

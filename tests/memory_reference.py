@@ -161,7 +161,7 @@ class MemoryReference:
 
     quality: a QualityReference. fillers: rows of a memory that starts at random. pinned: the prototype of the
     unrecognizable is one more negative. phi: margin of the target cosine; filter_above: negatives with a larger cosine
-    get the logit 0.
+    get the logit 0. injection: weight, steps and start of the features that are mixed into stored rows (VPL).
     """
 
     def __init__(
@@ -176,6 +176,7 @@ class MemoryReference:
         storage="fp32",
         fillers=None,
         pinned=False,
+        injection=None,
     ):
         self.book, self.quality = SlotReference(size, policy), quality
         self.momentum, self.gradient, self.self_exclusion = momentum, gradient, self_exclusion
@@ -183,6 +184,7 @@ class MemoryReference:
         self.rows: dict[int, torch.Tensor] = dict(enumerate(fillers or []))
         self.fillers = set(self.rows)
         self.leaves: dict[int, torch.Tensor] = {}
+        self.injection, self.features = injection, {}  # identity -> (unit embedding of its last image, its step)
 
     def _keep(self, row: torch.Tensor) -> torch.Tensor:
         return row.detach().bfloat16().double() if self.storage == "bf16" else row.detach()
@@ -221,7 +223,9 @@ class MemoryReference:
                     rest = sum(w / sum(q) * v for i, (w, v) in enumerate(zip(q, e)) if i != k)
                     nothing = len(builders) == 1 or rest.norm() < 1e-6
                     positive[j] = made if nothing else unit(rest)
-        columns = self._columns(live)
+        columns = self._inject(self._columns(live), step)
+        for y, v in zip(labels, x.detach()):  # for later steps
+            self.features[y] = (unit(v), step)
         total = 0.0
         for i, y in enumerate(labels):
             t = slot_of[y]
@@ -238,6 +242,18 @@ class MemoryReference:
         if sum(weight) == 0:
             return (x * 0).sum()
         return total / sum(weight)
+
+    def _inject(self, columns: dict[int, torch.Tensor], step: int) -> dict[int, torch.Tensor]:
+        """slot -> row with the last feature of its identity, if that is young."""
+        i, self.features = self.injection, {c: f for c, f in self.features.items() if c in self.book.slot_of}
+        if i is None or step < i["start"]:
+            return columns
+        out = dict(columns)
+        for c, (feature, seen) in self.features.items():
+            slot = self.book.slot_of[c]
+            if slot in out and step - seen <= i["steps"]:
+                out[slot] = unit((1 - i["weight"]) * out[slot] + i["weight"] * feature)
+        return out
 
     def _columns(self, live: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         """slot -> row as the softmax sees it."""

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from protomem.head import HEADS
+from protomem.head import HEADS, mixer
 from protomem.objective.margins import build_margin
-from protomem.optim import UnitRowSGD
+from protomem.optim import RowSGD, UnitRowSGD
+from protomem.prototypes.classifier import ClassifierShard
+from protomem.prototypes.sampled import SampledShard
 from protomem.step import Extras, MicroBatch, forward_backward
 from tests.memory_cases import COPIES, MARGINS, SCALE, USUAL, batches, build, covering_array
 
@@ -26,6 +28,11 @@ READ_BACK = ("tolist", "numpy", "__iter__", "__bool__", "__int__", "__float__", 
 
 class Waits(AssertionError):
     pass
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(mixer, "ASKS", set())
 
 
 class NoWaiting(TorchDispatchMode):
@@ -96,6 +103,29 @@ def test_no_option_waits(observe):
             steps({**case, "backend": "blocked"}, observe=observe)
         except Waits as error:
             raise AssertionError(f"{error} in {case}") from error
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_injection_does_not_wait(rate):
+    """Features mixed into a classifier's and a sampled shard's rows, taken, and counted, in two micro-batches."""
+    options = dict(injection=dict(weight=0.15, steps=2, start=1))
+    shard = ClassifierShard(40, 6, **options) if rate == 1 else SampledShard(40, 6, rate=rate, **options)
+    learner = RowSGD([shard.weight], lr=0.1) if rate < 1 else torch.optim.SGD([shard.weight], lr=0.1)
+    margin, injected = build_margin("cosface"), []
+    for step, batch in enumerate(batches(USUAL, 4)):
+        x, labels = batch["x"].float().requires_grad_(), torch.tensor(batch["labels"])
+        parts = [MicroBatch(x[cut], labels[cut], [6]) for cut in (slice(0, 6), slice(6, 12))]
+        with no_waiting():
+            stats = forward_backward(parts, torch.nn.Identity(), shard, HEADS["blocked"], margin, step, observe=True)
+            learner.step()
+        injected.append(stats["injected"].item())
+    assert injected[0] == 0 and min(injected[1:]) > 0
+
+
+def test_a_cpu_is_asked_which_rows_are_injected(monkeypatch):
+    monkeypatch.setattr(mixer, "ASKS", {"cpu"})
+    with pytest.raises(Waits, match="nonzero"):
+        steps({**USUAL, "injection": 0.3})
 
 
 def test_look_alikes_do_not_wait():

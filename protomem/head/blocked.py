@@ -19,6 +19,7 @@ import torch
 
 from protomem import distributed
 from protomem.head.contract import Columns, Negatives, combine_lse, inverse_norm
+from protomem.head.mixer import Mixer, restoring
 from protomem.head.operands import Operands
 
 HIDDEN = -1e30  # a logit that is not there: finite, so that 0 * HIDDEN is 0
@@ -72,12 +73,15 @@ def _hide(z, columns: Columns, start: int, stop: int) -> None:
 
 class _Head(torch.autograd.Function):
     @staticmethod
+    @restoring
     def forward(ctx, x, own, live, columns: Columns, scale, negatives, operands, block, store, keep, threshold):
         rows, (b, c) = columns.rows, (len(x), len(columns.rows))
         owned = (columns.target >= 0)[:, None]
         mine = rows[columns.target.clamp_min(0)].to(x.dtype) * owned if c else torch.zeros_like(x)  # [B, D]
         if not columns.unit:
             mine = mine * inverse_norm(mine)[:, None]
+        mixer = ctx.mixer = Mixer(columns, operands, x, block) if columns.injection is not None and c else None
+        plain, mine = mine, mine if mixer is None else mixer.mix_targets(mine)
         if own is not None:
             mine = torch.where(columns.uses_own[:, None], own * owned, mine)
         cos_y = distributed.all_reduce((x * mine).sum(1), "sum")
@@ -98,7 +102,10 @@ class _Head(torch.autograd.Function):
             if not columns.unit:
                 inverse[start:stop] = inverse_norm(w.to(x.dtype))
             z = _view(kept[k] if k < kept_blocks else scratch[0], b, stop - start)
-            operands.matmul(xg, operands.prepare(w).t(), out=z)
+            wg = operands.prepare(w) if mixer is None else mixer.put(start, stop, inverse)
+            operands.matmul(xg, wg.t(), out=z)
+            if mixer is not None:
+                mixer.restore()
             z.mul_(inverse[start:stop] * scale)
             _hide(z, columns, start, stop)
             if nearest is not None:
@@ -130,18 +137,20 @@ class _Head(torch.autograd.Function):
         ctx.kept, ctx.kept_blocks, ctx.has_own = kept, kept_blocks, own is not None
         ctx.live = columns.live.place if live is not None else None
         ctx.unified = threshold is not None
-        ctx.save_for_backward(x, mine, cos_y, level, inverse)
+        ctx.save_for_backward(x, mine, cos_y, level, inverse, plain)
         return cos_y, out
 
     @staticmethod
+    @restoring
     def backward(ctx, g_cos, g_out):
-        x, mine, cos_y, level, inverse = ctx.saved_tensors
+        x, mine, cos_y, level, inverse, plain = ctx.saved_tensors
         columns, scale, operands, block = ctx.columns, ctx.scale, ctx.operands, ctx.block
         rows, sink, (b, c) = columns.rows, columns.sink, (len(x), len(columns.rows))
         scratch = _pool.take(2, b * block, x) if c else None
         xg = operands.prepare(x)
         dx = mine * g_cos[:, None]
         place = ctx.live
+        mixer = ctx.mixer = Mixer(columns, operands, x, block) if columns.injection is not None and c else None
         seen_live = x.new_zeros(b, len(place)) if place is not None else None  # [B, L] d loss / d z of the live rows
         factor = (g_out * scale)[:, None]
         shift = torch.where(level.isinf(), torch.zeros_like(level), level)[:, None]
@@ -149,7 +158,7 @@ class _Head(torch.autograd.Function):
         for k, start in enumerate(range(0, c, block)):
             stop = min(start + block, c)
             w = rows[start:stop]
-            wg = operands.prepare(w)
+            wg = operands.prepare(w) if mixer is None else mixer.put(start, stop)
             z = _view(ctx.kept[k] if k < ctx.kept_blocks else scratch[0], b, stop - start)
             if k >= ctx.kept_blocks:
                 operands.matmul(xg, wg.t(), out=z)
@@ -163,22 +172,28 @@ class _Head(torch.autograd.Function):
                 value = ctx.negatives.value(cos, cos_y[:, None])
                 p.copy_(steep(scale * value - shift) * ctx.negatives.slope(cos, cos_y[:, None])).masked_fill_(hidden, 0)
             p.mul_(factor)
-            if not columns.unit:
+            if not columns.unit or mixer is not None:
                 p.mul_(inverse[start:stop])
             pg = operands.prepare(p)
             operands.addmm(dx, pg, wg)
+            if mixer is not None:
+                mixer.restore()
             if place is not None:
                 inside = (place >= start) & (place < stop)
                 seen_live += p[:, (place - start).clamp(0, stop - start - 1)] * inside
             if sink is not None:
                 grad = sink.buffer[start:stop]
+                before = None if mixer is None or sink.fresh else mixer.take_out(grad)
                 if sink.fresh:
                     operands.matmul(pg.t(), xg, out=grad)
                 else:
                     operands.addmm(grad, pg.t(), xg)
-                if not columns.unit:
+                if not columns.unit or mixer is not None:
                     along = z.mul_(p).sum(0).mul_(inverse[start:stop]).div_(-scale)
+                if not columns.unit:
                     grad.addcmul_(w, along[:, None])
+                if mixer is not None:
+                    mixer.carry(grad, along, before)
         d_own, d_live, g_row = None, None, g_cos  # g_row: what reaches the target rows
         if ctx.has_own:
             d_own = x * (g_cos * ((columns.target >= 0) & columns.uses_own))[:, None]
@@ -188,10 +203,12 @@ class _Head(torch.autograd.Function):
             d_live = seen_live.t() @ x
         if sink is not None:
             if c:
-                tangent = (x if columns.unit else x - cos_y[:, None] * mine) * g_row[:, None]
+                tangent = x if columns.unit else x - cos_y[:, None] * mine
+                if mixer is not None:
+                    tangent = mixer.carry_targets(x, cos_y, mine, plain)
                 row = columns.target.clamp_min(0)
                 share = (columns.target >= 0).to(x.dtype) * inverse[row]
-                sink.buffer.index_add_(0, row, (tangent * share[:, None]).to(sink.buffer.dtype))
+                sink.buffer.index_add_(0, row, (tangent * g_row[:, None] * share[:, None]).to(sink.buffer.dtype))
             sink.fresh = False
         for buffer in (scratch, ctx.kept):
             if buffer is not None:

@@ -62,6 +62,22 @@ class Live:
     place: torch.Tensor
 
 
+@dataclass
+class Injection:
+    """Features that are mixed into the rows (VPL, Deng et al. 2021): with its feature q and the weight l a row w counts as
+    norm((1 - l) norm(w) + l q), wherever the head compares with it, and where l = 0 as it is. The features are constants.
+    With `unit` rows norm(w) is w, and the gradient is that of this formula, not projected to the sphere.
+
+    features [N, D] unit rows, finite also where they do not count
+    row      [C]    int64: which of them belongs to each of Columns.rows; None: they stand in the same order
+    weight   [C]    in [0, 1)
+    """
+
+    features: torch.Tensor
+    row: torch.Tensor | None
+    weight: torch.Tensor
+
+
 class Nearest:
     """Filled by the head if asked for: this rank's negative with the largest cosine to each sample.
 
@@ -86,6 +102,7 @@ class Columns:
     live          rows with a graph, see there (needs `unit`); their gradient flows through it, not into the sink
     weight [B]    of each sample in the mean loss, for the step; the head does not look at it. None: equal
     nearest       where to put the hardest negatives; None: not wanted
+    injection     features that are mixed into the rows, not together with `live`; None: there are none
     """
 
     rows: torch.Tensor
@@ -98,6 +115,11 @@ class Columns:
     live: Live | None = None
     weight: torch.Tensor | None = None
     nearest: Nearest | None = None
+    injection: Injection | None = None
+
+    def __post_init__(self):
+        if self.injection is not None and self.live is not None:
+            raise ValueError("features are not injected into rows that carry a graph")
 
     def repeat(self, views: int) -> Columns:
         """The same prototypes for several views of the batch, one below the other: [views * B] rows."""

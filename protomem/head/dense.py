@@ -68,6 +68,11 @@ def dense_head(
         mine = columns.live.place >= 0
         rows = rows.index_put((columns.live.place[mine],), columns.live.rows[mine])
     unit = rows if columns.unit else rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    if columns.injection is not None:
+        i = columns.injection
+        weight, q = i.weight.to(x.dtype)[:, None], (i.features if i.row is None else i.features[i.row]).to(x.dtype)
+        mixed = (1 - weight) * unit + weight * q
+        unit = torch.where(weight > 0, mixed / mixed.norm(dim=1, keepdim=True).clamp_min(1e-12), unit)
     cos = x @ unit.t()
     owned = columns.target >= 0
     is_target = torch.zeros(cos.shape, dtype=torch.bool, device=cos.device)

@@ -7,6 +7,7 @@ from torch import nn
 
 from protomem import distributed
 from protomem.head import Columns, GradSink
+from protomem.prototypes.variational import bank_for
 from protomem.seeds import mix
 
 INIT_ROWS = 4096  # rows drawn from one stream, so that the initial matrix does not depend on the number of ranks
@@ -27,38 +28,50 @@ class ClassifierShard(nn.Module):
     """This rank's rows of the prototype matrix [C_total, D]; rows [first, last) as torch.chunk splits them.
 
     `weight` [C, D] is an ordinary parameter for any optimizer; its gradient is written by the head (not autograd).
+    injection: weight, steps and start of the features that are mixed in (VPL, protomem/prototypes/variational.py), if any.
     """
 
     row_sparse = False
 
-    def __init__(self, num_identities: int, embedding_size: int, *, seed: int = 0, std: float = 0.01):
+    def __init__(
+        self, num_identities: int, embedding_size: int, *, seed: int = 0, std: float = 0.01, injection: dict | None = None
+    ):
         super().__init__()
         self.num_identities = self.total_rows = num_identities
         self.first, self.last = distributed.shard_bounds(num_identities, distributed.rank(), distributed.world_size())
         self.weight = nn.Parameter(initial_rows(self.first, self.last, embedding_size, std, seed))
         self.sink = GradSink()
         self.empirical = None  # EPL's second prototypes (an EmpiricalPrototypes), if there are any
+        self.bank = bank_for(self.last - self.first, embedding_size, injection)
 
     def begin_step(self, labels: torch.Tensor, step: int) -> None:
         """Start a step whose global batch (all of its micro-batches) has these labels [B]."""
         self.weight.grad = self.sink.begin(self.weight.detach())
         if self.empirical is not None:
             self.empirical.begin_step(step)
+        if self.bank is not None:
+            self.bank.begin_step(step)
 
     def columns(self, labels: torch.Tensor, embeddings=None, keys=None, observe: bool = False) -> Columns:
         """This rank's prototypes for a (micro-)batch with the gathered labels [B]; they do not depend on the embeddings, as
         a memory's do."""
-        mine = (labels >= self.first) & (labels < self.last)
-        return Columns(self.weight.detach(), torch.where(mine, labels - self.first, -1), self.sink)
+        injection = None if self.bank is None else self.bank.injection()
+        return Columns(self.weight.detach(), self._rows(labels), self.sink, injection=injection)
+
+    def _rows(self, labels: torch.Tensor) -> torch.Tensor:
+        """The row of each label [B], -1 where another rank has it."""
+        return torch.where((labels >= self.first) & (labels < self.last), labels - self.first, -1)
 
     def after_step(self, labels: torch.Tensor, unit: torch.Tensor) -> None:
         """End a step whose global batch had these labels [B] and unit embeddings [B, D]."""
         if self.empirical is not None:
             self.empirical.see(labels, unit, before=False)
+        if self.bank is not None:
+            self.bank.take(self._rows(labels), unit)
 
     def statistics(self, per_sample: torch.Tensor) -> dict[str, torch.Tensor]:
         """0-d tensors about the step that has just ended, equal on every rank, for a logged step. per_sample [B]: loss."""
-        return {}
+        return {} if self.bank is None else self.bank.statistics(self.total_rows)
 
     def gradient(self) -> torch.Tensor:
         """The shard's gradient of this step [C, D] (for clipping and loss scaling, in place)."""

@@ -20,6 +20,7 @@ from protomem.head import Columns, GradSink, Live, Nearest
 from protomem.prototypes import reshard
 from protomem.prototypes.classifier import INIT_ROWS, initial_rows
 from protomem.prototypes.slots import FILLER, Plan, Slots
+from protomem.prototypes.variational import bank_for
 from protomem.quality import Quality, ranks_in_group
 
 TINY = 1e-6  # a mean of unit vectors this short has no direction
@@ -56,6 +57,10 @@ class PrototypeMemory(nn.Module):
     The arguments are explained in configs/default.yaml under `prototypes.memory`. quality: its weights and scores.
     pinned: the prototype of the unrecognizable takes part as a negative, in one more row. seed: of random fillers.
     look_alikes: find the stored identity nearest to each image at every step (`look_alike_labels`).
+    injection: weight, steps and start of the features that are mixed in (VPL, protomem/prototypes/variational.py), if any.
+    Our reading of VPL here: what the head compares with is the stored prototype with the feature of the identity's last
+    image of an earlier step mixed in; what is stored stays unmixed. The feature lives as long as its identity has the slot.
+    A positive that is made without the image itself (loo) stays as it is.
     """
 
     row_sparse = False
@@ -78,6 +83,7 @@ class PrototypeMemory(nn.Module):
         pinned: bool = False,
         seed: int = 0,
         look_alikes: bool = False,
+        injection: dict | None = None,
     ):
         super().__init__()
         self.num_identities, self.size, self.momentum, self.gradient_mode = num_identities, size, momentum, gradient
@@ -92,6 +98,7 @@ class PrototypeMemory(nn.Module):
         self.register_buffer("filled", torch.zeros(self.local * self.world + 1, dtype=torch.bool))  # by slot, replicated
         if fill == "random":
             self._fill_at_random(seed)
+        self.bank = bank_for(self.local, embedding_size, injection)
         self.sink = GradSink() if gradient == "sgd" else None
         self.nearest: Nearest | None = None
         self.seen: dict = {}
@@ -132,6 +139,9 @@ class PrototypeMemory(nn.Module):
         self.plan, self.labels, self.step, self.external = self.slots.plan(labels), labels, step, external
         if self.sink is not None:
             self.sink.begin(self.rows)
+        if self.bank is not None:
+            self.bank.forget(self._local(torch.where(self.plan.new, self.plan.slot, self.size)))
+            self.bank.begin_step(step)
 
     def columns(self, labels: torch.Tensor, embeddings: torch.Tensor, keys: torch.Tensor | None = None, observe: bool = False):
         """Make the batch's prototypes, write them, and return this rank's rows as the head's Columns.
@@ -175,6 +185,7 @@ class PrototypeMemory(nn.Module):
             live=Live(mixed, torch.where((row < self.local) & ~skip, row, -1)) if mixed.requires_grad else None,
             weight=query,
             nearest=self.nearest,
+            injection=None if self.bank is None else self.bank.injection(),
         )
 
     def _local(self, slot: torch.Tensor) -> torch.Tensor:
@@ -206,6 +217,9 @@ class PrototypeMemory(nn.Module):
 
     def after_step(self, labels: torch.Tensor, unit: torch.Tensor) -> None:
         """End a step whose global batch had these labels [B] and unit embeddings [B, D]."""
+        if self.bank is not None:
+            row = self._local(self.plan.slot[self.plan.group])
+            self.bank.take(torch.where(row < self.local, row, -1), unit)
 
     def gradient(self) -> torch.Tensor | None:
         """Gradient of this rank's rows [R, D], for clipping and loss scaling in place; None: they are constants."""
@@ -263,6 +277,8 @@ class PrototypeMemory(nn.Module):
             out["fallbacks"] = seen["fallen"]
         if self.quality.estimator == "recognizability":
             out["unrecognizable_norm"] = self.quality.ui.norm()
+        if self.bank is not None:
+            out |= self.bank.statistics(self.size)
         return out
 
     def check_replicas(self) -> None:

@@ -17,11 +17,14 @@ from protomem import distributed
 SLOTS = ("label", "seq", "written")  # arrays [M + 1] of Slots, saved without their spare place
 COUNTS = ("cursor", "clock", "time")
 QUALITY = ("ui", "norm_mean", "norm_std")
+BANK = ("features", "seen")  # of a FeatureBank, in the order of the rows; they move with their slots
 
 
 def saved(memory) -> dict[str, torch.Tensor]:
     """Every tensor of a PrototypeMemory's state by its name in a checkpoint."""
     out = {"prototypes.rows": memory.rows, "memory.filled": memory.filled[:-1]}
+    if memory.bank is not None:
+        out |= {f"prototypes.bank.{k}": getattr(memory.bank, k) for k in BANK}
     out |= {f"memory.{k}": getattr(memory.slots, k)[:-1] for k in SLOTS}
     out |= {f"memory.{k}": getattr(memory.slots, k) for k in COUNTS}
     return out | {f"memory.quality.{k}": getattr(memory.quality, k) for k in QUALITY}
@@ -33,8 +36,8 @@ def blank(memory, sizes: dict[str, list[int]]) -> tuple[dict[str, torch.Tensor],
     first, last = distributed.shard_bounds(total, distributed.rank(), distributed.world_size())
     out = {}
     for name, value in saved(memory).items():
-        if name == "prototypes.rows":
-            out[name] = value.new_zeros(last - first, value.shape[1])
+        if name.startswith("prototypes."):
+            out[name] = value.new_zeros(last - first, *value.shape[1:])
         else:
             fixed = value.ndim == 0 or name.startswith("memory.quality.")
             out[name] = value.new_zeros(value.shape if fixed else sizes[name])
@@ -65,4 +68,10 @@ def restore(memory, state: dict[str, torch.Tensor], old_world: int) -> None:
     arrived = distributed.exchange_rows(rows, owner)
     if memory.store.dtype != torch.bfloat16:  # what was saved in bf16 is up to 0.4 % off the sphere
         arrived = torch.where((arrived.norm(dim=1, keepdim=True) - 1).abs() > 1e-5, F.normalize(arrived, dim=1), arrived)
-    memory.store[distributed.exchange_rows(slot // memory.world, owner)] = arrived
+    place = distributed.exchange_rows(slot // memory.world, owner)
+    memory.store[place] = arrived
+    if memory.bank is not None:
+        memory.bank.features.zero_()
+        memory.bank.seen.fill_(-1)
+        for key in BANK:
+            getattr(memory.bank, key)[place] = distributed.exchange_rows(state[f"prototypes.bank.{key}"], owner)

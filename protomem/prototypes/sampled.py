@@ -21,8 +21,17 @@ class SampledShard(ClassifierShard):
 
     row_sparse = True
 
-    def __init__(self, num_identities: int, embedding_size: int, *, rate: float, seed: int = 0, std: float = 0.01):
-        super().__init__(num_identities, embedding_size, seed=seed, std=std)
+    def __init__(
+        self,
+        num_identities: int,
+        embedding_size: int,
+        *,
+        rate: float,
+        seed: int = 0,
+        std: float = 0.01,
+        injection: dict | None = None,
+    ):
+        super().__init__(num_identities, embedding_size, seed=seed, std=std, injection=injection)
         self.rate, self.seed = rate, seed
 
     def begin_step(self, labels: torch.Tensor, step: int) -> None:
@@ -36,10 +45,13 @@ class SampledShard(ClassifierShard):
         self.weight.row_grad = (self.index, self.sink.begin(self.active))
         if self.empirical is not None:
             self.empirical.begin_step(step, self.index)
+        if self.bank is not None:
+            self.bank.begin_step(step)
 
     def columns(self, labels: torch.Tensor, embeddings=None, keys=None, observe: bool = False) -> Columns:
         mine = (labels >= self.first) & (labels < self.last)
         if not len(self.index):
             return Columns(self.active, torch.full_like(labels, -1), self.sink)
         place = torch.searchsorted(self.index, labels - self.first).clamp_max(len(self.index) - 1)
-        return Columns(self.active, torch.where(mine, place, -1), self.sink)
+        injection = None if self.bank is None else self.bank.injection(self.index)
+        return Columns(self.active, torch.where(mine, place, -1), self.sink, injection=injection)
