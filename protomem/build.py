@@ -80,7 +80,7 @@ def sampler_from(config: DictConfig, records):
 
 def prototypes_from(config: DictConfig, num_identities: int, device: torch.device, total_steps: int, epoch_steps: int):
     size, p = config.encoder.embedding_size, config.prototypes
-    injection = injection_from(config, num_identities, total_steps)
+    injection = injection_from(config, num_identities)
     if p.source == "memory":
         return memory_from(config, num_identities, total_steps, injection).to(device)
     options = {"seed": mix(config.train.seed, 2), "std": p.init_std, "injection": injection}
@@ -91,27 +91,20 @@ def prototypes_from(config: DictConfig, num_identities: int, device: torch.devic
     if p.empirical.enabled:
         given = {k: p.empirical[k] for k in ("update", "coefficient", "k", "stacked")}
         start = round(p.empirical.start_epoch * epoch_steps)
-        if start >= total_steps and distributed.rank() == 0:
-            log.warning("prototypes.empirical.start_epoch: step %d of %d, so its loss never starts", start, total_steps)
         shard.empirical = EmpiricalPrototypes(num_identities, size, start=start, **given)
     return shard.to(device)
 
 
-def injection_from(config: DictConfig, num_identities: int, total_steps: int) -> dict | None:
+def injection_from(config: DictConfig, num_identities: int) -> dict | None:
     """weight, steps and start of the features that are mixed into the prototypes (VPL), or None.
 
     passes and coverage become steps from the n identities that a batch holds (with data.sampler.name=shuffled: that one of
     equally frequent identities is expected to hold): passes C / n, and log(1 - coverage) / log(1 - n / C), after which a
-    batch that is drawn anew each time has left out 1 - coverage of them. Raises UserError if it would never act.
+    batch that is drawn anew each time has left out 1 - coverage of them.
     """
     i, s, c = config.prototypes.injection, config.data.sampler, num_identities
     if not i.weight:
         return None
-    if max(i.start, 1) >= total_steps:
-        raise UserError(
-            f"prototypes.injection.start={i.start}: the run ends after {total_steps} steps, so nothing would ever be injected; "
-            "lower it, or train longer"
-        )
     batch = config.train.batch_size
     n = c * (1 - (1 - 1 / c) ** batch) if s.name == "shuffled" else batch // s.images_per_identity
     steps = i.steps

@@ -53,17 +53,12 @@ def batchnorm(config: DictConfig, encoder: torch.nn.Module, parts: list[list[tup
         )
 
 
-def contrast(config: DictConfig, loss, total_steps: int, parts: list[list[tuple[int, int]]], together: int) -> None:
-    """Raises UserError where CoReFace's loss (protomem/objective/contrast.py) would never do anything. together: images of
-    an identity that stay on one rank."""
-    if loss is None:
-        return
+def contrast(config: DictConfig, parts: list[list[tuple[int, int]]], together: int) -> None:
+    """Raises UserError where CoReFace's loss (protomem/objective/contrast.py) would have nobody to compare with. together:
+    images of an identity that stay on one rank."""
     c = config.contrast
-    if loss.start >= total_steps:
-        raise UserError(
-            f"contrast.start_epoch={c.start_epoch:g} is step {loss.start} of only {total_steps}, so it would never begin; "
-            "lower it, or train longer"
-        )
+    if c.weight == 0:
+        return
     rows = [b - a for a, b in parts[0]]
     if (min(rows) if c.negatives == "local" else sum(rows)) < 2 * together:
         raise UserError(

@@ -62,7 +62,7 @@ class Run:
             self.memory = MemoryRun(config, self.prototypes, self.sampler, self.extras, self.records, rows, self.device)
         self.sets = checks.pair_sets(config)
         checks.batchnorm(config, self.encoder, self.parts)
-        checks.contrast(config, self.contrast, self.total, self.parts, self.sampler.together)
+        checks.contrast(config, self.parts, self.sampler.together)
 
     def _plan(self) -> None:
         """How many steps, and how a step's rows are cut: over ranks, then into micro-batches."""

@@ -1,6 +1,5 @@
 """Every combination of margin, prototype source and regulariser either trains or is refused with its reason."""
 
-import inspect
 
 import pytest
 import torch
@@ -58,9 +57,7 @@ def train(c) -> list[float]:
     """Three steps as the trainer makes them; their losses. Asserts that they are finite and that the encoder learns."""
     device, rank, world = torch.device("cpu"), distributed.rank(), distributed.world_size()
     encoder = build.encoder_from(c, device)
-    given = {"config": c, "num_identities": IDENTITIES, "device": device, "total_steps": STEPS, "epoch_steps": STEPS}
-    wanted = inspect.signature(build.prototypes_from).parameters
-    prototypes = build.prototypes_from(**{name: given[name] for name in wanted})
+    prototypes = build.prototypes_from(c, IDENTITIES, device, STEPS, STEPS)
     criterion = build.criterion_from(c, prototypes.num_identities, device)
     contrast = build.contrast_from(c, STEPS, device)
     optimizers = build.optimizers_from(c, encoder, prototypes, criterion)
