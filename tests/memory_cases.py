@@ -264,9 +264,15 @@ def run_reference(case: dict, steps: int, fillers: list[torch.Tensor]) -> list[d
     more = memory_options(case) | dict(injection=injection_options(case))
     memory = MemoryReference(case["size"], quality, fillers=fillers, **more)
     options = MARGINS[case["margin"]]
-    records = []
+    records, squares = [], []
+
+    def phi(cos):
+        squares.append(1 - cos.item() ** 2)
+        return slow_phi(options, cos)
+
     for step, batch in enumerate(batches(case, steps)):
         x = batch["x"].clone().requires_grad_()
+        squares.clear()
         if case["estimator"] == "given":
             quality.see(list(batch["copies"]))
         loss = memory.loss(
@@ -274,7 +280,7 @@ def run_reference(case: dict, steps: int, fillers: list[torch.Tensor]) -> list[d
             batch["labels"],
             step,
             SCALE,
-            lambda cos: slow_phi(options, cos),
+            phi,
             options.get("filter_above", 0.0),
             batch["external"].tolist(),
         )
@@ -291,6 +297,7 @@ def run_reference(case: dict, steps: int, fillers: list[torch.Tensor]) -> list[d
                 order=book.oldest_first(),
                 written=list(book.written),
                 rows={s: row.numpy().copy() for s, row in memory.rows.items()},
+                square=min((v for v in squares if v > 1e-12), default=1.0) if options["name"] == "arcface" else 1.0,
             )
         )
     return records
