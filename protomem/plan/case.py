@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,13 +16,17 @@ from protomem.errors import UserError
 from protomem.head.blocked import block_rows
 from protomem.plan.encoder import EncoderCost, encoder_cost
 from protomem.plan.hardware import Device, Fabric
+from protomem.schema import Config
+
+_rows = functools.lru_cache(maxsize=None)(cut_rows)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes of rank 0, which has the most rows of everything. images: of the whole set, 0 if unknown."""
+    """Shapes of rank 0, which has the most rows of everything. images: of the whole set, 0 if unknown. config: the schema's
+    plain objects, which are read a thousand times faster than OmegaConf's."""
 
-    config: DictConfig
+    config: Config
     identities: int
     images: int
     world: int
@@ -36,18 +41,18 @@ class Case:
         s = self.config.data.sampler
         return 1 if s.name == "shuffled" else s.images_per_identity
 
-    @property
+    @functools.cached_property
     def parts(self) -> list[list[int]]:
         """[micro-batch][rank] -> images. Raises UserError where there are too few for the ranks."""
         t = self.config.train
-        return [[b - a for a, b in row] for row in cut_rows(t.batch_size, self.together, self.world, t.accumulate)]
+        return [[b - a for a, b in row] for row in _rows(t.batch_size, self.together, self.world, t.accumulate)]
 
-    @property
+    @functools.cached_property
     def local(self) -> int:
         """b: images of rank 0 in its largest micro-batch."""
         return max(row[0] for row in self.parts)
 
-    @property
+    @functools.cached_property
     def batch(self) -> int:
         """B: images of all ranks in the largest micro-batch."""
         return max(sum(row) for row in self.parts)
@@ -90,7 +95,7 @@ class Case:
         """Whether prototype rows get a gradient of their own."""
         return self.source != "memory" or self.config.prototypes.memory.gradient == "sgd"
 
-    @property
+    @functools.cached_property
     def block(self) -> int:
         """Rows of a block of the head."""
         return min(self.config.head.block or block_rows(self.views * self.batch), max(1, self.active))
@@ -116,14 +121,14 @@ class Case:
     def with_setting(self, *settings: str) -> Case | None:
         """With other values of config keys; None where these are refused."""
         try:
-            config = OmegaConf.merge(self.config, OmegaConf.from_dotlist(list(settings)))
-            configs.check(config, optional=configs.RUN_KEYS)
-            changed = replace(self, config=config)
+            config = OmegaConf.merge(OmegaConf.structured(self.config), OmegaConf.from_dotlist(list(settings)))
+            configs.check(config)
+            changed = replace(self, config=OmegaConf.to_object(config))
             changed.parts
         except UserError:
             return None
         if any(s.startswith("encoder.") and not s.startswith("encoder.checkpointing") for s in settings):
-            changed = replace(changed, encoder=encoder_cost(config, self.device.kind))
+            changed = replace(changed, encoder=encoder_cost(changed.config, self.device.kind))
         return changed
 
 
@@ -138,7 +143,11 @@ def make_case(
         images = found if images is None else images
     if identities < 1:
         raise UserError(f"--identities {identities} must be at least 1")
-    case = Case(config, identities, images or 0, world, device, fabric, encoder_cost(config, device.kind))
+    config = config.copy()
+    for key in OmegaConf.missing_keys(config):
+        OmegaConf.update(config, key, "-")
+    plain = OmegaConf.to_object(config)
+    case = Case(plain, identities, images or 0, world, device, fabric, encoder_cost(plain, device.kind))
     case.parts
     return case
 

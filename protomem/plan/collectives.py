@@ -7,6 +7,7 @@ signal sent?), statistics every `log.every` steps, and what evaluation and check
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from protomem.plan.case import Case
@@ -35,33 +36,13 @@ def collectives(case: Case) -> list[Collective]:
     """Of one step with several ranks; empty for one."""
     if case.world == 1:
         return []
-    c, p, w, v, d = case.config, case.config.prototypes, case.world, case.views, case.size
-    parts, whole = case.parts, max(sum(row[r] for row in case.parts) for r in range(case.world))
-    n, longest, b = len(parts), max(max(row) for row in parts), case.views * case.batch
+    c, w = case.config, case.world
+    whole = max(sum(row[r] for row in case.parts) for r in range(w))
     quality = c.quality.estimator == "external"
-    terms = 2 if p.empirical.enabled else 1
-    out = [
-        Collective("labels" + (" and quality" if quality else ""), "all_gather", 1, 8 * w * whole * (2 if quality else 1)),
-        Collective("embeddings", "all_gather", n, 4 * w * longest * v * d),
-        Collective("own cosines", "all_reduce", n * terms, 4 * b),
-        Collective("softmax: largest logit", "all_reduce", n * terms, 4 * b),
-        Collective("softmax: sum", "all_reduce", n * terms, 4 * b),
-        Collective("gradients of embeddings", "reduce_scatter", n, 4 * w * longest * v * d),
-    ]
-    if case.key_encoder:
-        out.append(Collective("embeddings of the averaged encoder", "all_gather", n, 4 * w * longest * d))
-    if c.quality.estimator == "recognizability" and c.quality.unrecognizable.source != "low_norm":
-        out.append(Collective("mean of the unrecognizable", "all_reduce", n, 4 * d))
-    if case.source == "memory" and c.data.sampler.name == "mixed" and c.data.sampler.pick == "look_alike":
-        out.append(Collective("look-alikes", "all_gather", 1, 16 * w * case.batch))
-    if c.margin.name == "magface" and c.margin.magnitude.weight > 0:
-        out.append(Collective("MagFace's regulariser, for the log", "all_reduce", n, 4))
-    if c.contrast.weight > 0:
-        out.append(Collective("contrast: running margin, and for the log", "all_reduce", 2 * n, 4))
-    if c.encoder.sync_bn:
-        channels = case.encoder.channels / max(1, case.encoder.norms)
-        out.append(Collective("BatchNorm statistics", "all_gather", n * case.encoder.norms, 4 * w * (2 * channels + 1)))
-        out.append(Collective("BatchNorm gradients", "all_reduce", n * case.encoder.norms, 4 * 2 * channels))
+    out = [Collective("labels" + (" and quality" if quality else ""), "all_gather", 1, 8 * w * whole * (2 if quality else 1))]
+    # Micro-batches of one size are one line.
+    for (longest, images), n in Counter((max(row), sum(row)) for row in case.parts).items():
+        out += _of_micro_batch(case, longest, images, n)
     buckets = buckets_of(case.encoder.trained)
     out.append(Collective("encoder gradients (DDP)", "all_reduce", buckets, case.encoder.trained / buckets, hidden=True))
     if c.encoder.precision == "fp16":
@@ -70,6 +51,35 @@ def collectives(case: Case) -> list[Collective]:
         out.append(Collective("gradient norm", "all_reduce", 1, 4))
     if c.optimizer.name == "lamb" and case.source == "classifier":
         out.append(Collective("LAMB: norms of the shards", "all_reduce", 1, 8))
+    return out
+
+
+def _of_micro_batch(case: Case, longest: int, images: int, n: int) -> list[Collective]:
+    """Of n micro-batches of so many images over all ranks, at most `longest` of them on one: rows travel padded to that."""
+    c, w, d, b = case.config, case.world, case.size, 4 * case.views * images
+    terms = 2 if c.prototypes.empirical.enabled else 1
+    rows = 4 * w * longest * d
+    out = [
+        Collective("embeddings", "all_gather", n, case.views * rows),
+        Collective("own cosines", "all_reduce", n * terms, b),
+        Collective("softmax: largest logit", "all_reduce", n * terms, b),
+        Collective("softmax: sum", "all_reduce", n * terms, b),
+        Collective("gradients of embeddings", "reduce_scatter", n, case.views * rows),
+    ]
+    if case.key_encoder:
+        out.append(Collective("embeddings of the averaged encoder", "all_gather", n, rows))
+    if c.quality.estimator == "recognizability" and c.quality.unrecognizable.source != "low_norm":
+        out.append(Collective("mean of the unrecognizable", "all_reduce", n, 4 * d))
+    if case.source == "memory" and c.data.sampler.name == "mixed" and c.data.sampler.pick == "look_alike":
+        out.append(Collective("look-alikes", "all_gather", n, 16 * w * images))
+    if c.margin.name == "magface" and c.margin.magnitude.weight > 0:
+        out.append(Collective("MagFace's regulariser, for the log", "all_reduce", n, 4))
+    if c.contrast.weight > 0:
+        out.append(Collective("contrast: running margin, and for the log", "all_reduce", 2 * n, 4))
+    if c.encoder.sync_bn:
+        channels = case.encoder.channels / max(1, case.encoder.norms)
+        out.append(Collective("BatchNorm statistics", "all_gather", n * case.encoder.norms, 4 * w * (2 * channels + 1)))
+        out.append(Collective("BatchNorm gradients", "all_reduce", n * case.encoder.norms, 4 * 2 * channels))
     return out
 
 

@@ -9,15 +9,16 @@ An operation without a stand-in still works, more slowly.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 
 import torch
-from omegaconf import DictConfig
 from torch.overrides import TorchFunctionMode
 
 from protomem.encoder import build_encoder
 from protomem.encoder.base import Encoder
+from protomem.schema import Config
 
 IMAGES = 10007  # of the pass: a prime, and no dimension of a weight
 RANDOM = {"normal_", "uniform_", "trunc_normal_", "erfinv_", "zeros_", "ones_", "fill_", "zero_"}  # values are not wanted
@@ -47,7 +48,7 @@ class Op:
     gradients: float = 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class EncoderCost:
     """weights, trained (of them), buffers in bytes; tensors that are trained; BatchNorms and their channels."""
 
@@ -61,6 +62,7 @@ class EncoderCost:
     ops: list[Op] = field(default_factory=list)
     inputs: dict[int, float] = field(default_factory=dict)  # bytes of each block's input per image
 
+    @functools.lru_cache(maxsize=None)  # noqa: B019  a plan ends with its process
     def kept(self, images: int, checkpointing: bool = False) -> float:
         """Bytes kept for backward when forward ends."""
         ops = [op for op in self.ops if not checkpointing or op.block is None]
@@ -71,6 +73,7 @@ class EncoderCost:
         """Bytes of a forward pass that keeps nothing: the images, an operation's input and output, a residual branch's."""
         return images * (self.image + max((2 * (a.out + b.out) for a, b in zip(self.ops, self.ops[1:])), default=0.0))
 
+    @functools.lru_cache(maxsize=None)  # noqa: B019  a plan ends with its process
     def backward_peak(self, images: int, checkpointing: bool, with_gradients: bool) -> float:
         """Most bytes at any time of backward: what is still kept, the weights' gradients so far (if `with_gradients`; else
         they are counted elsewhere), and the maps in flight: gradients of an output, an input and a residual branch."""
@@ -240,7 +243,7 @@ class _NoValues(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def encoder_cost(config: DictConfig, device: str) -> EncoderCost:
+def encoder_cost(config: Config, device: str) -> EncoderCost:
     """The cost of a config's encoder on `device` (cuda or cpu), whatever its checkpointing. Takes about 0.2 s."""
     c = config.encoder
     dropout = max(c.dropout, config.contrast.dropout if config.contrast.weight > 0 else 0.0)

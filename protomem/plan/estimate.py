@@ -15,7 +15,7 @@ from protomem.plan.memory import moments
 
 # Kernels of the blocked head for one block of rows, forward and backward, and its reads and writes of that block's logits
 # (protomem/head/blocked.py; tests/test_plan.py counts the operations).
-BLOCK_KERNELS = {"fp32": 45, "bf16": 52}
+BLOCK_KERNELS = {"fp32": 38, "bf16": 44}
 BLOCK_PASSES = 24
 
 
