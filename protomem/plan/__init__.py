@@ -38,4 +38,4 @@ def plan(
         if table:
             show.print_table(case, cells)
     if plot:
-        scale.plot(case, cells, plot, show.title(case))
+        scale.plot(case, cells, plot)

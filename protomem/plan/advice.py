@@ -92,7 +92,10 @@ def faster(case: Case) -> list[Gain]:
     """Settings with which the estimate rises by a twentieth or more and that still fit as well as before, best first."""
     now, size = step(case).images_per_s, rank_bytes(case).total
     out = []
-    for setting in ("head.block=16384", "head.precision=bf16", "encoder.precision=bf16"):
+    head, encoder = case.config.head, case.config.encoder
+    tried = {"head.block=16384": head.block < 16384, "head.precision=bf16": head.precision == "fp32"}
+    tried["encoder.precision=bf16"] = encoder.precision == "fp32"
+    for setting in (name for name, differs in tried.items() if differs):
         other = case.with_setting(setting)
         if other is None or rank_bytes(other).total > max(size, case.device.memory * 1e9):
             continue

@@ -66,10 +66,15 @@ def _encoder(case: Case) -> dict[str, float]:
     e = case.encoder
     return {
         "encoder weights": e.weights + e.buffers,
-        "encoder gradients": e.trained if case.world > 1 else 0,  # DDP's buckets live on; alone they come and go
+        "encoder gradients": 0 if _come_and_go(case) else e.trained,
         "encoder optimizer": moments(case) * e.trained,
         "averaged encoder (key_encoder)": (e.weights + e.buffers) if case.key_encoder else 0,
     }
+
+
+def _come_and_go(case: Case) -> bool:
+    """Whether the encoder's gradients do: DDP's buckets live on, and so do those of earlier micro-batches."""
+    return case.world == 1 and len(case.parts) == 1
 
 
 def _prototypes(case: Case) -> dict[str, float]:
@@ -103,7 +108,7 @@ def _head_buffers(case: Case) -> dict[str, float]:
     terms = 2 if case.config.prototypes.empirical.enabled else 1
     return {
         "kept logits (head.store_mb)": one * case.kept_blocks * terms,
-        "scratch blocks of the head": 2 * one * terms,
+        "scratch blocks of the head": 2 * one,
     }
 
 
@@ -112,7 +117,7 @@ def _head_buffers(case: Case) -> dict[str, float]:
 
 def _phases(case: Case) -> dict[str, dict[str, float]]:
     e, c = case.encoder, case.config
-    checkpointing, alone = c.encoder.checkpointing, case.world == 1
+    checkpointing, alone = c.encoder.checkpointing, _come_and_go(case)
     kept = e.kept(case.local, checkpointing)
     features = 4 * case.views * case.batch * case.size  # [V B, D] in fp32
     more = {"key encoder's forward": e.inference_peak(case.local)} if case.key_encoder else {}

@@ -43,17 +43,25 @@ def table(case: Case) -> list[Cell]:
     return cells
 
 
+def method(case: Case) -> str:
+    """A config in a few words."""
+    c = case.config
+    rows = {"classifier": "a full classifier", "sampled": f"a classifier, {c.prototypes.rate:g} of it a step"}
+    rows["memory"] = f"a memory of {case.slots:,} slots"
+    return f"{c.encoder.name} ({c.encoder.precision}), {rows[case.source]}, D = {case.size}"
+
+
 def power(n: int) -> str:
     digits = "⁰¹²³⁴⁵⁶⁷⁸⁹"
     return "10" + "".join(digits[int(d)] for d in str(len(str(n)) - 1))
 
 
-def plot(case: Case, cells: list[Cell], path: Path, title: str) -> None:
+def plot(case: Case, cells: list[Cell], path: Path) -> None:
     """A PNG of two panels: GB of a rank, and images/s, against the number of ranks."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": PALE, "text.color": INK}
     style |= {"axes.grid": True, "grid.color": GRID, "axes.axisbelow": True, "xtick.color": INK, "ytick.color": INK}
@@ -83,9 +91,12 @@ def plot(case: Case, cells: list[Cell], path: Path, title: str) -> None:
             axis.set_yscale("log")
             axis.set_xticks(WORLDS, [str(w) for w in WORLDS])
             axis.minorticks_off()
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=20))
+            axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
             axis.set_xlabel("ranks")
         right.legend(frameon=False, fontsize=8)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=9, color=PALE)
+        what = f"{method(case)}, {sum(row[0] for row in case.parts)} images a rank, {case.device.name}, {case.fabric.name}"
+        figure.suptitle(what, x=0.01, ha="left", fontsize=9, color=INK)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130)
         pyplot.close(figure)

@@ -22,18 +22,15 @@ from protomem.plan.hardware import (
     OVERLAP,
 )
 from protomem.plan.memory import host_bytes, rank_bytes
-from protomem.plan.scale import IDENTITIES, WORLDS, Cell, power
+from protomem.plan.scale import IDENTITIES, WORLDS, Cell, method, power
 
 
 def title(case: Case) -> str:
-    c = case.config
-    rows = {"classifier": "a full classifier", "sampled": f"a classifier, {c.prototypes.rate:g} of it a step"}
-    rows["memory"] = f"a memory of {case.slots:,} slots"
     b = sum(row[0] for row in case.parts)
     cut = f" in {len(case.parts)} micro-batches" if len(case.parts) > 1 else ""
     return (
-        f"{c.encoder.name} ({c.encoder.precision}), {rows[case.source]}, {case.identities:,} identities, D = {case.size}, batch "
-        f"{c.train.batch_size} ({b} a rank{cut}), {case.world} x {case.device.name}"
+        f"{method(case)}, {case.identities:,} identities, batch {case.config.train.batch_size} ({b} a rank{cut}), "
+        f"{case.world} x {case.device.name}"
     )
 
 
