@@ -1,4 +1,5 @@
-"""The command line: `protomem train|plan|evaluate|embed|report|data`. Heavy modules are imported by the command that needs them."""
+"""The command line: `protomem train|plan|evaluate|embed|report|data`. Heavy modules are imported by the command that needs
+them."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def plan(
     ],
     world_size: Annotated[int, typer.Option(help="Ranks, one GPU each.")] = 1,
     gpu: Annotated[str, typer.Option(help="h200, h100, a100, b200, a6000 or cpu")] = "h100",
-    fabric: Annotated[Optional[str], typer.Option(help="ib800, ib400, ib200, eth100, eth25 or gloo; else the GPU's usual.")] = None,
+    fabric: Annotated[Optional[str], typer.Option(help="ib800, ib400, ib200, eth100, eth25, gloo; else the GPU's usual.")] = None,
     identities: Annotated[Optional[int], typer.Option(help="How many; else those of data.train.")] = None,
     images: Annotated[Optional[int], typer.Option(help="Images of the whole set; else those of data.train.")] = None,
     table: Annotated[bool, typer.Option(help="Also over 1 to 1024 ranks and 10^5 to 10^9 identities.")] = False,

@@ -40,17 +40,19 @@ class Change:
 def changes(case: Case) -> list[Change]:
     """What makes a rank's bytes fewer, most effective first; only what the config allows."""
     c, p = case.config, case.config.prototypes
+    half = c.train.batch_size // 2 // case.together * case.together
     tried = [
         (("encoder.checkpointing=true",), "a third more compute"),
         (("encoder.precision=bf16",), "autocast; faster, too"),
         ((f"train.accumulate={2 * c.train.accumulate}",), "as many smaller micro-batches, same result but for BatchNorm"),
-        ((f"train.batch_size={c.train.batch_size // 2 // case.together * case.together}",), "another optimum of the learning rate"),
+        ((f"train.batch_size={half}",), "another optimum of the learning rate"),
         (("optimizer.momentum=0",), "no momentum: trains worse"),
         (("optimizer.name=sgd",), "one moment instead of two"),
         ((f"encoder.embedding_size={case.size // 2}",), "smaller embeddings"),
     ]
     if case.source == "classifier":
-        tried.append((("prototypes.source=sampled", "prototypes.rate=0.1"), "Partial FC: no gradient of the rows that are not drawn"))
+        sampled = ("prototypes.source=sampled", "prototypes.rate=0.1")
+        tried.append((sampled, "Partial FC: no gradient of the rows that are not drawn"))
     if case.source == "sampled":
         tried.append(((f"prototypes.rate={p.rate / 2:g}",), "fewer negatives in a step"))
     if case.source == "memory":

@@ -85,7 +85,8 @@ def print_plan(case: Case) -> None:
     if host := host_bytes(case):
         parts = "; ".join(f"{name} {_gb(size)}" for name, size in host.items())
         total = advice.host_total(case)
-        _line(console, f"Host, each rank's sampler: {_gb(total)} GB, {_gb(total * min(NODE, case.world))} GB a machine ({parts})")
+        machine = _gb(total * min(NODE, case.world))
+        _line(console, f"Host, each rank's sampler: {_gb(total)} GB, {machine} GB a machine ({parts})")
     if not advice.fits(case):
         console.print(_changes_table(case))
     console.print(_phase_table(case))
@@ -106,18 +107,19 @@ def assumptions(case: Case) -> str:
     d, f = case.device, case.fabric
     within = f.within or LINKS[d.name]
     return (
-        f"Floors: {d.name} at {d.half:g} TFLOP/s bf16, {d.full:g} fp32, {d.bandwidth:g} TB/s ({d.source}); each operation takes its "
-        f"arithmetic or its bytes, whichever is more, nothing fused. Estimates assume {ENCODER_EFFICIENCY:.0%} of the encoder's floor, "
-        f"{GEMM_EFFICIENCY:.0%} of GEMMs and updates, {LAUNCH_US:g} us a kernel launch in the head, {OVERLAP:.0%} of the encoder's backward to "
-        f"hide DDP behind. Collectives: rings over {within:g} GB/s within machines of {NODE}, {f.between:g} GB/s a GPU beyond ({f.name}: "
-        f"{f.source})."
+        f"Floors: {d.name} at {d.half:g} TFLOP/s bf16, {d.full:g} fp32, {d.bandwidth:g} TB/s ({d.source}); each operation "
+        "takes its arithmetic or its bytes, whichever is more, nothing fused. Estimates assume that the encoder reaches "
+        f"{ENCODER_EFFICIENCY:.0%} of its floor, GEMMs and updates {GEMM_EFFICIENCY:.0%}, {LAUNCH_US:g} us a kernel launch in "
+        f"the head, and {OVERLAP:.0%} of the encoder's backward to hide DDP behind. Collectives: rings over {within:g} GB/s within "
+        f"machines of {NODE}, {f.between:g} GB/s a GPU beyond ({f.name}: {f.source})."
     )
 
 
 def print_table(case: Case, cells: list[Cell]) -> None:
     console = _console()
     each = sum(row[0] for row in case.parts)
-    _line(console, f"GB of a rank · images/s of all ranks (estimate), {each} images a rank; !: does not fit {case.device.memory:g} GB")
+    what = f"GB of a rank · images/s of all ranks (estimate), {each} images a rank"
+    _line(console, f"{what}; !: does not fit {case.device.memory:g} GB")
     table = _table("ranks", *(f"{power(n)} identities" for n in IDENTITIES))
     for world in WORLDS:
         row = [c for c in cells if c.world == world]
