@@ -49,7 +49,7 @@ def plan(
     ],
     world_size: Annotated[int, typer.Option(help="Ranks, one GPU each.")] = 1,
     gpu: Annotated[str, typer.Option(help="h200, h100, a100, b200, a6000 or cpu")] = "h100",
-    fabric: Annotated[Optional[str], typer.Option(help="ib800, ib400, ib200, eth100, eth25, gloo; else the GPU's usual.")] = None,
+    fabric: Annotated[Optional[str], typer.Option(help="ib800, ib400, ib200, eth100, eth25, gloo; else the usual one.")] = None,
     identities: Annotated[Optional[int], typer.Option(help="How many; else those of data.train.")] = None,
     images: Annotated[Optional[int], typer.Option(help="Images of the whole set; else those of data.train.")] = None,
     table: Annotated[bool, typer.Option(help="Also over 1 to 1024 ranks and 10^5 to 10^9 identities.")] = False,

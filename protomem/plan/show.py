@@ -110,8 +110,8 @@ def assumptions(case: Case) -> str:
         f"Floors: {d.name} at {d.half:g} TFLOP/s bf16, {d.full:g} fp32, {d.bandwidth:g} TB/s ({d.source}); each operation "
         "takes its arithmetic or its bytes, whichever is more, nothing fused. Estimates assume that the encoder reaches "
         f"{ENCODER_EFFICIENCY:.0%} of its floor, GEMMs and updates {GEMM_EFFICIENCY:.0%}, {LAUNCH_US:g} us a kernel launch in "
-        f"the head, and {OVERLAP:.0%} of the encoder's backward to hide DDP behind. Collectives: rings over {within:g} GB/s within "
-        f"machines of {NODE}, {f.between:g} GB/s a GPU beyond ({f.name}: {f.source})."
+        f"the head, and {OVERLAP:.0%} of the encoder's backward to hide DDP behind. Collectives: rings over {within:g} GB/s "
+        f"within machines of {NODE}, {f.between:g} GB/s a GPU beyond ({f.name}: {f.source})."
     )
 
 
@@ -188,6 +188,7 @@ def _collective_table(case: Case) -> Table:
 
 def _changes_table(case: Case) -> Table:
     table = _table("what would make it fewer", "GB of a rank", "fits", "what it costs")
+    table.columns[-1].justify = "left"
     for change in advice.changes(case):
         fits = "yes" if change.total <= case.device.memory * 1e9 else "no"
         table.add_row(change.setting, _gb(change.total), fits, change.note)
