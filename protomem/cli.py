@@ -1,4 +1,5 @@
-"""The command line: `protomem train|evaluate|embed|report|data|recipes`. Heavy modules are imported by the command that needs them."""
+"""The command line: `protomem train|plan|evaluate|templates|embed|report|data|recipes`. Heavy modules are imported by the
+command that needs them."""
 
 from __future__ import annotations
 
@@ -40,6 +41,28 @@ def train(
     from protomem import trainer
 
     trainer.train(loaded)
+
+
+@app.command()
+def plan(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG.yaml... key=value...", help="As for train; the data need not be here."),
+    ],
+    world_size: Annotated[int, typer.Option(help="Ranks, one GPU each.")] = 1,
+    gpu: Annotated[str, typer.Option(help="h200, h100, a100, b200, a6000 or cpu")] = "h100",
+    fabric: Annotated[Optional[str], typer.Option(help="ib800, ib400, ib200, eth100, eth25, gloo; else the usual one.")] = None,
+    identities: Annotated[Optional[int], typer.Option(help="How many; else those of data.train.")] = None,
+    images: Annotated[Optional[int], typer.Option(help="Images of the whole set; else those of data.train.")] = None,
+    table: Annotated[bool, typer.Option(help="Also over 1 to 1024 ranks and 10^5 to 10^9 identities.")] = False,
+    plot: Annotated[Optional[Path], typer.Option(metavar="FILE.png", help="Draw that table.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+):
+    """A dry run: bytes of a rank, FLOPs, collectives, an estimate of images/s, the most identities that fit. Needs no GPU."""
+    from protomem.plan import plan as make_plan
+
+    options = dict(world_size=world_size, gpu=gpu, fabric=fabric, identities=identities, images=images)
+    make_plan(arguments, **options, table=table, plot=plot, json_output=json_output)
 
 
 @app.command()

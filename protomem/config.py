@@ -19,6 +19,8 @@ from protomem.composition import memory_mistakes, method_mistakes
 from protomem.errors import UserError
 from protomem.schema import AT_LEAST, CHOICES, ONLY_WITH, PROBABILITIES, SWITCHES, Config
 
+RUN_KEYS = ("data.train", "output")  # what a run needs and its plan does not
+
 
 def known_keys(schema: Any = Config, prefix: str = "") -> list[str]:
     """Every key of the schema, dotted, sections included."""
@@ -63,8 +65,9 @@ def _defaults() -> DictConfig:
     return OmegaConf.structured(Config)
 
 
-def check(config: DictConfig) -> None:
-    """Raise UserError for the first value outside its range, naming key, value and what is allowed."""
+def check(config: DictConfig, optional: tuple[str, ...] = ()) -> None:
+    """Raise UserError for the first value outside its range, naming key, value and what is allowed. optional: keys that may
+    be missing."""
     for key, allowed in CHOICES.items():
         value = OmegaConf.select(config, key)
         if value not in allowed:
@@ -115,12 +118,13 @@ def check(config: DictConfig) -> None:
         raise UserError(f"data.sampler.name={s.name} is for prototypes.source=memory; use shuffled or balanced")
     for mistake in method_mistakes(config):
         raise UserError(mistake)
-    for key in sorted(OmegaConf.missing_keys(config)):
+    for key in sorted(OmegaConf.missing_keys(config) - set(optional)):
         raise UserError(f"{key} is not set; give it in the config file or as {key}=...")
 
 
-def load(files: list[str], overrides: list[str] = ()) -> DictConfig:
-    """Merge the schema's defaults, YAML files in order, then `key=value` overrides. Raises UserError, one line."""
+def load(files: list[str], overrides: list[str] = (), optional: tuple[str, ...] = ()) -> DictConfig:
+    """Merge the schema's defaults, YAML files in order, then `key=value` overrides. optional: keys that may be missing.
+    Raises UserError, one line."""
     config = OmegaConf.structured(Config)
     for path in files:
         if not Path(path).is_file():
@@ -147,7 +151,7 @@ def load(files: list[str], overrides: list[str] = ()) -> DictConfig:
         raise UserError(f"config: {str(e).splitlines()[0]}") from None
     if config.margin.gradient == "True":  # YAML's true
         config.margin.gradient = "true"
-    check(config)
+    check(config, optional)
     return config
 
 

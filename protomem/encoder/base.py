@@ -26,6 +26,11 @@ def _running_statistics_kept(block: nn.Module):
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
+def without_autocast(device: torch.device):
+    """Leaves autocast, which the meta device (protomem/plan/encoder.py) does not know."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 class Encoder(nn.Module):
     """Aligned images [b,3,S,S], normalised to about [-1,1] -> embeddings [b,D], not L2-normalised.
 
@@ -49,7 +54,7 @@ class Encoder(nn.Module):
     def embed(self, flat: torch.Tensor) -> torch.Tensor:
         """[b,F] -> [b,D]: dropout, fully connected layer, last BatchNorm; in the parameters' precision even under
         autocast, as insightface does: the norm of the embedding carries meaning and bf16 has three digits."""
-        with torch.autocast(flat.device.type, enabled=False):
+        with without_autocast(flat.device):
             return self.features(self.fc(self.dropout(flat.to(self.fc.weight.dtype))))
 
     def forward(self, images: torch.Tensor, views: int = 1) -> torch.Tensor | tuple[torch.Tensor, ...]:

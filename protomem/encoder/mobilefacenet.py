@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from protomem.encoder.base import Encoder, last_batchnorm
+from protomem.encoder.base import Encoder, last_batchnorm, without_autocast
 
 
 class Layers(nn.Module):
@@ -79,5 +79,5 @@ class MobileFaceNet(Encoder):
 
     def embed(self, flat: torch.Tensor) -> torch.Tensor:
         _, _, fc, norm = self.features.layers
-        with torch.autocast(flat.device.type, enabled=False):
+        with without_autocast(flat.device):
             return norm(fc(self.dropout(flat.to(fc.weight.dtype))))

@@ -1,0 +1,110 @@
+"""FLOPs, floors and estimates of the phases of a step.
+
+A floor is what the arithmetic and the bytes that must move take at the device's rates, with nothing lost. An estimate, not
+measured, is the floor divided by an assumed efficiency, and what the host needs to launch the head's many small kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protomem.plan.case import Case
+from protomem.plan.collectives import collectives
+from protomem.plan.hardware import ENCODER_EFFICIENCY, GEMM_EFFICIENCY, LAUNCH_US, OVERLAP
+from protomem.plan.memory import moments
+
+# Kernels of the blocked head for one block of rows, forward and backward, and its reads and writes of that block's logits
+# (protomem/head/blocked.py; tests/test_plan.py counts the operations).
+BLOCK_KERNELS = {"fp32": 38, "bf16": 44}
+BLOCK_PASSES = 24
+
+
+@dataclass(frozen=True)
+class Phase:
+    """FLOPs, bytes moved, and seconds of one rank in one step."""
+
+    name: str
+    flops: float
+    moved: float
+    floor: float
+    estimate: float
+
+
+def phases(case: Case) -> list[Phase]:
+    return [*_encoder(case), _head(case), _optimizers(case)]
+
+
+def _encoder(case: Case) -> list[Phase]:
+    d, c, images = case.device, case.config, sum(row[0] for row in case.parts)
+    half = {True: d.half, False: d.tf32}
+
+    def seconds(op, factor: float) -> float:
+        rate = half[op.half] if op.half or op.name == "conv2d" else d.full  # torch runs fp32 convolutions as TF32, GEMMs not
+        return max(factor * op.flops / (rate * 1e12), factor * op.moved / (d.bandwidth * 1e12))
+
+    def phase(name: str, factor: float, ops) -> Phase:
+        floor = images * sum(seconds(op, factor) for op in ops)
+        flops, moved = (images * factor * sum(getattr(op, key) for op in ops) for key in ("flops", "moved"))
+        return Phase(name, flops, moved, floor, floor / ENCODER_EFFICIENCY)
+
+    ops = case.encoder.ops
+    out = [phase("encoder forward", 1, ops), phase("encoder backward", 2, ops)]
+    if c.encoder.checkpointing:
+        out.append(phase("encoder forward again (checkpointing)", 1, [op for op in ops if op.block is not None]))
+    if case.key_encoder:
+        out.append(phase("averaged encoder's forward", 1, ops))
+    return out
+
+
+def _head(case: Case) -> Phase:
+    """GEMMs: logits, dX, and dW where rows learn; logits that were not kept once more. The rows are read once for each."""
+    d, c = case.device, case.config
+    b, rows, size, n = case.views * case.batch, case.active, case.size, len(case.parts)
+    rate = d.half if c.head.precision == "bf16" else d.full
+    one = 2.0 * b * rows * size * n
+    blocks = -(-rows // case.block)
+    again = 1 - case.kept_blocks / max(1, blocks) if c.head.backend == "blocked" else 0.0
+    gemms = 2 + case.learns
+    if c.prototypes.empirical.enabled:  # a second term, whose rows are constants
+        gemms, again, blocks = gemms + 2, 2 * again, 2 * blocks
+    moved = 4.0 * rows * size * gemms * n
+    floor = max(one * gemms / (rate * 1e12), moved / (d.bandwidth * 1e12))
+    passes = BLOCK_PASSES * 4.0 * b * rows * n * (2 if c.prototypes.empirical.enabled else 1)
+    work = one * (gemms + again) / (rate * 1e12 * GEMM_EFFICIENCY) + passes / (d.bandwidth * 1e12)
+    kernels = blocks * BLOCK_KERNELS[c.head.precision] * n if c.head.backend == "blocked" else 0
+    launches = kernels * LAUNCH_US * 1e-6 if d.kind == "cuda" else 0.0
+    return Phase(f"head ({gemms} GEMMs)", one * gemms, moved, floor, max(work, launches))
+
+
+def _optimizers(case: Case) -> Phase:
+    """Reads of weight, gradient and moments, writes of weight and moments."""
+    d, passes = case.device, 3 + 2 * moments(case)
+    moved = passes * case.encoder.trained
+    if case.key_encoder:
+        moved += 3 * case.encoder.weights
+    if case.source != "memory":
+        moved += passes * 4.0 * case.active * case.size
+    elif case.learns:
+        moved += 5 * 4.0 * case.active * case.size  # step, norm, division
+    floor = moved / (d.bandwidth * 1e12)
+    return Phase("optimizers", 0.0, moved, floor, floor / GEMM_EFFICIENCY)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of a step: floor (nothing lost, all communication hidden), estimate, and of that what collectives add."""
+
+    floor: float
+    estimate: float
+    exposed: float
+    images_per_s: float
+
+
+def step(case: Case) -> Step:
+    found = phases(case)
+    compute = sum(p.estimate for p in found)
+    backward = sum(p.estimate for p in found if p.name == "encoder backward")
+    hidden = sum(c.seconds(case) for c in collectives(case) if c.hidden)
+    exposed = sum(c.seconds(case) for c in collectives(case) if not c.hidden) + max(0.0, hidden - OVERLAP * backward)
+    total = compute + exposed
+    return Step(sum(p.floor for p in found), total, exposed, case.config.train.batch_size / total)
