@@ -82,6 +82,9 @@ def test_weights_matter_to_the_result():
     assert weighted["auc"] > 0.98 > plain["auc"]
     with pytest.raises(UserError, match="needs a quality"):
         verify_templates(x, p, "quality")
+    for wrong in (-0.1, np.nan):
+        with pytest.raises(UserError, match="negative or not a number"):
+            verify_templates(x, p, "quality", np.where(np.arange(240) == 7, wrong, quality))
 
 
 def test_the_command(small_set, tmp_path):
@@ -92,3 +95,7 @@ def test_the_command(small_set, tmp_path):
     found = json.loads(CliRunner().invoke(app, [*call, "--json", "--pooling", "mean"]).output)
     assert list(found) == ["mean"] and 0 <= found["mean"]["auc"] <= 1
     assert isinstance(CliRunner().invoke(app, [*call, "--pooling", "max"]).exception, UserError)
+    in_chunks = json.loads(CliRunner().invoke(app, [*call, "--json", "--pooling", "mean", "--batch-size", "1"]).output)  # 3 of them
+    assert in_chunks["mean"] == pytest.approx(found["mean"], abs=1e-3, nan_ok=True)
+    lists = ["--lists", str(tmp_path / "a"), str(tmp_path / "b"), "--pooling", "quality"]
+    assert "not lists" in str(CliRunner().invoke(app, [*call, *lists]).exception)

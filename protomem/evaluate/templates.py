@@ -117,12 +117,14 @@ def verify_templates(embeddings, protocol: Protocol, pooling: str, quality=None)
     """TAR@FAR, AUC and EER of the protocol's pairs, with the images of a template pooled by `pooling`.
 
     embeddings [n, D] raw; images with template -1 are left out. quality [n] >= 0: for that pooling. Raises UserError if it
-    is missing, or the embeddings are not finite."""
+    is missing or negative, or the embeddings are not finite."""
     embeddings = np.asarray(embeddings, np.float64)
     if not np.isfinite(embeddings).all():
         raise UserError("an embedding is not finite: the encoder has diverged")
     if pooling == "quality" and quality is None:
         raise UserError("pooling=quality needs a quality for each image: train.quality.npy beside the data")
+    if pooling == "quality" and not (np.asarray(quality) >= 0).all():  # nan is refused as well
+        raise UserError("pooling=quality: a quality is negative or not a number; shift or scale the numbers")
     used = protocol.template >= 0
     weight = {"mean": None, "norm": np.linalg.norm(embeddings, axis=1)}.get(pooling, quality)
     weight = None if weight is None else np.asarray(weight)[used]
