@@ -1,5 +1,6 @@
 """Templates: pooling against a loop, protocols, and the command."""
 
+import itertools
 import json
 
 import numpy as np
@@ -53,6 +54,11 @@ def test_random_protocol_uses_each_image_once_and_pairs_what_it_says():
     assert len({tuple(pair) for pair in p.pairs}) == len(p.pairs)
     with pytest.raises(UserError, match="lower --images-per-template"):
         random_protocol(labels, 4, 1000)
+    uneven = random_protocol(np.repeat([3, 5, 9], [24, 1, 15]), 3, 1000)  # 8, 0 and 5 templates
+    genuine = {tuple(pair) for pair in uneven.pairs[uneven.same].tolist()}
+    assert genuine == {*itertools.combinations(range(8), 2), *itertools.combinations(range(8, 13), 2)}
+    some = random_protocol(np.repeat([3, 5, 9], [24, 1, 15]), 3, 20)
+    assert some.same.sum() == 20 and {tuple(pair) for pair in some.pairs[some.same].tolist()} < genuine
 
 
 def test_lists_of_a_protocol(tmp_path):
