@@ -99,8 +99,8 @@ def injection_from(config: DictConfig, num_identities: int) -> dict | None:
     """weight, steps and start of the features that are mixed into the prototypes (VPL), or None.
 
     passes and coverage become steps from the n identities that a batch holds (with data.sampler.name=shuffled: that one of
-    equally frequent identities is expected to hold): passes C / n, and log(1 - coverage) / log(1 - n / C), after which a
-    batch that is drawn anew each time has left out 1 - coverage of them.
+    equally frequent identities is expected to hold). passes: C / n of them each. coverage: after how many this share of all
+    identities has come, on average; with images in random order that is log(1 - coverage) / log(1 - n / C).
     """
     i, s, c = config.prototypes.injection, config.data.sampler, num_identities
     if not i.weight:
@@ -110,9 +110,19 @@ def injection_from(config: DictConfig, num_identities: int) -> dict | None:
     steps = i.steps
     if i.passes:
         steps = i.passes * c / n
+    elif i.coverage and n >= c:
+        steps = 1
     elif i.coverage:
-        steps = math.log1p(-i.coverage) / math.log1p(-n / c) if n < c else 1
+        steps = balanced_passes(i.coverage) * c / n if s.name == "balanced" else math.log1p(-i.coverage) / math.log1p(-n / c)
     return {"weight": i.weight, "steps": max(1, round(steps)), "start": i.start}
+
+
+def balanced_passes(coverage: float) -> float:
+    """Passes f over all identities within which this share of them comes, when every pass has each of them once, in a new
+    order, and the f begin anywhere: the share is f - f^3 / 6 up to f = 1, then 1 - (2 - f)^3 / 6."""
+    if coverage > 5 / 6:
+        return 2 - (6 * (1 - coverage)) ** (1 / 3)
+    return 8**0.5 * math.sin(math.asin(3 * coverage / 8**0.5) / 3)
 
 
 def memory_from(config: DictConfig, num_identities: int, total_steps: int, injection: dict | None = None) -> PrototypeMemory:

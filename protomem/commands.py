@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -27,6 +28,15 @@ def load_run(run: Path, device) -> tuple:
     encoder = build.encoder_from(settings, device)
     state.load_encoder(checkpoint, encoder)
     return settings, encoder.eval(), info
+
+
+def _embeddings(encoder, read: Callable[[int], bytes], count: int, context, settings, *, flip: bool, batch_size: int):
+    """Embeddings [count, D] of the encoded images read(0), read(1), ...; bounded memory for sets of any size. Collective."""
+    options = dict(precision=settings.encoder.precision, size=settings.data.size, backend=settings.data.loader)
+    options |= dict(device=context.device, flip=flip, batch_size=batch_size)
+    chunk = 100 * batch_size * context.world_size
+    starts = range(0, count, chunk)
+    return np.concatenate([extract(encoder, [read(i) for i in range(s, min(s + chunk, count))], **options) for s in starts])
 
 
 def evaluate(run: Path, pairs: list[Path], *, flip: bool, batch_size: int, device: str, json_output: bool) -> None:
@@ -69,24 +79,23 @@ def templates(
     json_output: bool,
 ) -> None:
     column = None
+    if "quality" in poolings and lists:
+        raise UserError("--pooling quality needs a set with train.quality.npy, not lists; use mean and norm")
     if lists:
         names, protocol = read_protocol(*lists)
         missing = [name for name in names if not (Path(data) / name).is_file()]
         if missing:
             raise UserError(f"{Path(data) / missing[0]} does not exist, but {lists[0]} lists it (and {len(missing) - 1} more)")
-        encoded = [(Path(data) / name).read_bytes() for name in names]
+        count, read = len(names), lambda i: (Path(data) / names[i]).read_bytes()
     else:
         records = open_records(data)
         protocol = random_protocol(records.labels, images, pairs)
-        encoded = [records.bytes(i) for i in range(len(records))]
+        count, read = len(records), records.bytes
         column = records.column("quality") if "quality" in poolings else None
-    if "quality" in poolings and lists:
-        raise UserError("--pooling quality needs a set with train.quality.npy, not lists; use mean and norm")
     context = distributed.init(device)
     try:
         settings, encoder, info = load_run(run, context.device)
-        options = dict(precision=settings.encoder.precision, flip=flip, size=settings.data.size, backend=settings.data.loader)
-        found = extract(encoder, encoded, device=context.device, batch_size=batch_size, **options)
+        found = _embeddings(encoder, read, count, context, settings, flip=flip, batch_size=batch_size)
         results = {pooling: verify_templates(found, protocol, pooling, column) for pooling in poolings}
         if context.is_main and json_output:
             print(json.dumps(results, indent=1))
@@ -107,18 +116,12 @@ def embed(run: Path, data: str, output: Path, *, flip: bool, batch_size: int, de
     try:
         settings, encoder, _ = load_run(run, context.device)
         records = open_records(data)
-        parts, chunk = [], 100 * batch_size * context.world_size  # bounded memory for sets of any size
-        for start in range(0, len(records), chunk):
-            encoded = [records.bytes(i) for i in range(start, min(start + chunk, len(records)))]
-            options = dict(precision=settings.encoder.precision, flip=flip, size=settings.data.size)
-            parts.append(
-                extract(encoder, encoded, device=context.device, batch_size=batch_size, backend=settings.data.loader, **options)
-            )
+        found = _embeddings(encoder, records.bytes, len(records), context, settings, flip=flip, batch_size=batch_size)
         if context.is_main:
             file = io.BytesIO()
-            np.savez(file, embeddings=np.concatenate(parts), labels=np.asarray(records.labels))
+            np.savez(file, embeddings=found, labels=np.asarray(records.labels))
             output.parent.mkdir(parents=True, exist_ok=True)
             replace_file(output, file.getvalue())
-            print(f"{output}: {len(records)} embeddings of size {parts[0].shape[1]}")
+            print(f"{output}: {len(records)} embeddings of size {found.shape[1]}")
     finally:
         distributed.shutdown()

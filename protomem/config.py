@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -77,6 +78,10 @@ def check(config: DictConfig, optional: tuple[str, ...] = ()) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and not value >= low:  # "not >=" so that nan is refused as well
             raise UserError(f"{key}={value} is too small: at least {low}")
+    for key in _leaves(OmegaConf.to_container(config)):
+        value = OmegaConf.select(config, key)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={value} is not a finite number")
     defaults = _defaults()
     for key, (other, values) in ONLY_WITH.items():
         value, chosen = OmegaConf.select(config, key), OmegaConf.select(config, other)

@@ -152,7 +152,8 @@ QAPM_EXTERNAL = replace(
     state=PROTOTYPE_MEMORY.state,
     communication="one number for each image, with the labels",
     source="Smirnov et al. 2023, arXiv 2311.07734 (several ways to estimate quality; this form is our reading)",
-    deviations="scores below 0 count as 0; the scale cancels in the mean",
+    ours=PROTOTYPE_MEMORY.ours + "; equal weights for the first 2 % of steps",
+    deviations="the scale of the scores cancels in the mean, but for the least weight, quality.minimum; negative ones are refused",
 )
 
 MAGFACE = replace(
@@ -161,7 +162,7 @@ MAGFACE = replace(
     formula="z_y = s·cos(θ_y + m(a)), m(a) a line from (l, m_l) to (u, m_u), a clamped to [l, u]; L = mean CE + λ·mean "
     "g(a), g(a) = a/u² + 1/a",
     communication="nothing in a step: the margin needs the norm where the class lives, and norms come with the gathered "
-    "embeddings; their gradient goes to the own rows. One number when logged",
+    "embeddings; their gradient goes to the own rows. One number for the loss that is reported",
     source="Meng et al. 2021 (CVPR), MagFace; settings of the authors' script (github IrvingMeng/MagFace, run.sh)",
     published="l, u = 10, 110; margins 0.45, 0.8; λ = 35, s = 64; no margin where cos θ ≤ 0 (beyond_pi: easy); last "
     "BatchNorm with a learned weight, dropout 0.4; batch 512, lr 0.1, 25 epochs, ×0.1 at 10, 18, 22",
@@ -203,7 +204,8 @@ VPL_COSFACE = replace(
     VPL_ARCFACE,
     title="VPL with CosFace",
     formula=VPL_ARCFACE.formula.replace("ArcFace", "CosFace"),
-    published=VPL_ARCFACE.published.replace("ArcFace 0.5 with its true derivative", "CosFace 0.4"),
+    published=VPL_ARCFACE.published.replace("ArcFace 0.5 with its true derivative", "CosFace 0.35 in the paper's table, 0.4 in the code"),
+    ours=VPL_ARCFACE.ours + "; CosFace 0.35",
 )
 
 EPL_COSFACE = replace(
@@ -263,7 +265,8 @@ COREFACE = replace(
     formula="L = ½ CE(x¹) + ½ CE(x²) + w·CE(t·(C − m·I)), C_ij = cos(x¹_i, x²_j) between two dropout views, C_ij = 0 for "
     "other images of the same identity; m ← 0.99·mean(C_ii − hardest negative) + 0.01·m",
     state=ROWS + "; m, one number, the same on every rank",
-    communication="the gather of the second view, B×D; one number for m; nothing more with negatives=local",
+    communication="the second view in the gather, B×D, and in the reductions, B numbers; one number for m and one for the loss "
+    "that is reported; nothing more with negatives=global",
     source="Song and Wang 2023, CoReFace, arXiv 2304.11668; code: github IsidoreSong/CoreFace, where it is called ContraFace",
     published="ArcFace 0.5, s = 64; w = 0.05, t = 64; one view and dropout 0.4 for 7 epochs, then dropout 0.6; gradient "
     "clip 5; MS1MV2, batch 512, lr 0.1, ×0.1 at 8, 14, 20 of 24 to 26 epochs",
@@ -286,8 +289,7 @@ MAGFACE_QAPM_VPL = replace(
     source="ours, unpublished; parts: MagFace, Quality-Aware Prototype Memory: VPL",
     published="nothing; λ = 0.15 and MagFace's numbers are those of their papers",
     ours="the combination, and all that prototype_memory leaves open; no result is known",
-    deviations="for plain means: quality.estimator=equal; without injection: prototypes.injection.weight=0 and no "
-    "injection.steps",
+    deviations="for plain means: quality.estimator=equal; without injection: prototypes.injection.weight=0",
     goes_with="contrast; refused: what magface and prototype_memory refuse, memory.gradient=batch",
 )
 COREFACE_EPL = replace(
@@ -295,9 +297,11 @@ COREFACE_EPL = replace(
     title="EPL with CoReFace's contrast (ours, unpublished)",
     formula="EPL's two terms, each the mean over two dropout views, + w·contrast of the views; E follows the first view",
     state=EPL_COSFACE.state + "; the contrast's m, one number",
-    communication="the gather of the second view, B×D; the reductions of B numbers a second time; one number for m",
+    communication="the second view in the gather, B×D; the reductions for two views and two terms, 4·B numbers in place of B; "
+    "two numbers as in coreface",
     source="ours, unpublished; parts: EPL, CoReFace",
-    published="nothing; k, w, m and the dropouts are those of their codes, E is updated as EPL's paper says",
+    published="nothing; k, w, softsign, CosFace 0.4 and the dropouts are those of their codes, E is updated after the loss as EPL's "
+    "paper says",
     ours="the combination; no result is known",
     deviations="those of epl_cosface and coreface, by the same switches",
     goes_with="every margin, classifier and sampled prototypes, VPL; refused: what epl_cosface and coreface refuse",

@@ -397,4 +397,7 @@ ONLY_WITH = {
 }
 # Sections that are off while this number of theirs is 0.
 SWITCHES = ("prototypes.injection.weight", "contrast.weight")
-PROBABILITIES = tuple(f"data.augment.{f.name}" for f in fields(Augment)) + ("encoder.dropout", "quality.warmup", "contrast.dropout", "contrast.momentum")
+PROBABILITIES = (
+    *(f"data.augment.{f.name}" for f in fields(Augment)),
+    *("encoder.dropout", "quality.warmup", "contrast.dropout", "contrast.momentum"),
+)

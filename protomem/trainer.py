@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from pathlib import Path
@@ -426,8 +425,6 @@ class Run:
 
 def train(config: DictConfig) -> None:
     """Train as the config says, on all ranks that the launcher started."""
-    if not math.isfinite(config.optimizer.lr):
-        raise UserError(f"optimizer.lr={config.optimizer.lr} is not a number")
     context = distributed.init(config.distributed.device, config.distributed.timeout_s)
     Run(config, context).run()
     distributed.shutdown()  # not after an error: leaving the group can hang, and the message must come out

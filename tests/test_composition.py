@@ -1,12 +1,15 @@
 """Every combination of margin, prototype source and regulariser either trains or is refused with its reason."""
 
+import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from benchmarks import composition
-from protomem import build, config, distributed, trainer
+from protomem import build, config, distributed, recipe_commands, trainer
 from protomem.composition import late_parts
 from protomem.data.pipeline import normalise
 from protomem.errors import UserError
@@ -129,6 +132,36 @@ def test_every_allowed_combination_trains_and_every_part_counts():
         others += [("CosFace", r, s)] if m == "CosFace, unified criterion" else []
         silent += [f"{m}, {r}, {s} = {other}" for other in others if losses == first[other]]
     assert not silent, silent
+
+
+def test_every_recipe_trains_from_its_file(small_set, tmp_path):
+    """Four steps of the trainer on two ranks; what a file starts late starts after the first step, or the second."""
+    data = tmp_path / "data"
+    shutil.copytree(small_set, data)
+    np.save(data / "train.quality.npy", np.linspace(0.1, 1, 248, dtype=np.float32))
+    early = {
+        "prototypes.injection.weight": "prototypes.injection.start=1",
+        "prototypes.empirical.enabled": "prototypes.empirical.start_epoch=0.1",  # of 10 steps
+        "contrast.weight": "contrast.start_epoch=0.2",
+    }
+
+    def work():
+        context = distributed.Context(distributed.rank(), 2, distributed.rank(), torch.device("cpu"), "torchrun")
+        for name in recipe_commands.names():
+            c, file = recipe_commands.load(name), str(recipe_commands.folder() / f"{name}.yaml")
+            more = [setting for key, setting in early.items() if OmegaConf.select(c, key)]
+            more += ["prototypes.memory.size=20"] if c.prototypes.source == "memory" else []
+            given = settings(data, tmp_path / name, "schedule.steps=4", "schedule.warmup_steps=0", "checkpoint.every=0", *more)
+            trainer.Run(config.load([file], [s for s in given if not s.startswith("margin.")]), context).run()
+
+    run_ranks(2, work, timeout=300)
+    for name in recipe_commands.names():
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        last = [line for line in lines if "loss" in line][-1]
+        c = recipe_commands.load(name)
+        assert last["step"] == 4, name
+        assert (last.get("injected", 0) > 0) == (c.prototypes.injection.weight > 0), name
+        assert ("contrast" in last, "norm_penalty" in last) == (c.contrast.weight > 0, c.margin.name == "magface"), name
 
 
 @pytest.mark.parametrize("what", [*composition.UNDEFINED, *composition.WITHOUT_EFFECT])

@@ -44,6 +44,8 @@ def test_every_shipped_config_loads(path):
         ("schedule.steps=5", "schedule.epochs and schedule.steps are both set"),
         ("optimizer.head.lr=-1", "optimizer.head.lr=-1.0 is too small"),
         ("optimizer.clip=nan", "optimizer.clip=nan is too small"),
+        ("optimizer.lr=inf", "optimizer.lr=inf is not a finite number"),
+        ("margin.m=nan", "margin.m=nan is not a finite number"),
         ("prototypes.rate=0.5", "no effect with prototypes.source=classifier, only with sampled"),
         ("optimizer.betas=[0.9,0.9]", "no effect with optimizer.name=sgd"),
         ("data.eval=[a.bin", "data.eval=\\[a.bin: the value is not valid YAML"),

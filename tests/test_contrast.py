@@ -240,6 +240,15 @@ def test_a_single_image_has_no_loss_and_a_finite_gradient():
         assert value.item() == 0 and x.grad.isfinite().all()
 
 
+def test_a_step_that_overflowed_does_not_stay_in_the_margin():
+    x, labels, contrast = nn.functional.normalize(torch.randn(4, D), dim=1), torch.arange(4), Contrast(1.0)
+    contrast((x, x), labels, [4])
+    before = contrast.m.clone()
+    assert contrast((x * torch.tensor([[1], [torch.nan], [1], [1]]), x), labels, [4]).isnan()
+    assert torch.equal(contrast.m, before) and before > 0
+    assert contrast((x, x), labels, [4]).isfinite() and contrast.m != before
+
+
 def test_nothing_waits_for_the_device():
     model, margin, labels = TwoMaps(), build_margin("cosface", scale=SCALE), torch.tensor(LABELS[0])
     for case in CASES:
@@ -346,6 +355,9 @@ MEMORY = (
 )
 
 
+ALONE = ("train.batch_size=1", "contrast.start_epoch=0", "encoder.dropout=0")
+
+
 def numbers(output) -> dict[int, tuple]:
     """{step: (loss, contrast, margin)} of a run's log; the last two None where there is one view."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -427,8 +439,8 @@ def test_fp16_follows_fp32(small_set, tmp_path):
         (("contrast.dropout=1",), "contrast.dropout=1.0: nothing of an image would be left"),
         (("train.accumulate=2",), "contrast with train.accumulate=2"),
         (("contrast.start_epoch=1.4",), "contrast.start_epoch=1.4 is step 14 of only 14, so it would never begin"),
-        (("train.batch_size=1", "contrast.start_epoch=0", "encoder.dropout=0"), "train.batch_size=1 with contrast.negatives=local leaves a single"),
-        (("train.batch_size=1", "contrast.start_epoch=0", "encoder.dropout=0", "contrast.negatives=global"), "with contrast.negatives=global leaves"),
+        ((*ALONE,), "train.batch_size=1 with contrast.negatives=local leaves a single"),
+        ((*ALONE, "contrast.negatives=global"), "with contrast.negatives=global leaves"),
         (("contrast.weight=0",), "has no effect with contrast.weight=0"),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from protomem import build, checks, config, distributed, state
+from protomem.data.sampler import BalancedSampler, ShuffledSampler
 from protomem.head import HEADS, Columns, GradSink, Injection, Negatives, mixer, objective
 from protomem.objective.margins import build_margin, interclass_filter
 from protomem.optim import RowSGD
@@ -346,7 +347,8 @@ def loaded(*more):
         (("train.batch_size=64",), 200),
         (("prototypes.injection.steps=31",), 31),
         (("prototypes.injection.passes=0.5", "data.sampler.name=balanced", "train.batch_size=40"), 500),  # half of 10,000 / 10
-        (("prototypes.injection.coverage=0.5", "data.sampler.name=balanced", "train.batch_size=40"), 693),  # about ln 2 of 1000
+        (("prototypes.injection.coverage=0.5", "data.sampler.name=balanced", "train.batch_size=40"), 524),  # of 1000, see below
+        (("prototypes.injection.coverage=0.5", "train.batch_size=100"), 69),  # about ln 2 of 100
         (("prototypes.injection.passes=1", "train.batch_size=10000"), 2),  # 6321 different ones of 10,000 draws
         (("prototypes.injection.coverage=0.9", "data.sampler.name=balanced", "train.batch_size=40000"), 1),
     ],
@@ -354,6 +356,21 @@ def loaded(*more):
 def test_steps_that_a_feature_counts(more, expected):
     c = loaded("prototypes.injection.weight=0.15", "prototypes.injection.start=7", *more)
     assert build.injection_from(c, 10_000) == {"weight": 0.15, "steps": expected, "start": 7}
+
+
+@pytest.mark.parametrize("name", ["balanced", "shuffled"])
+@pytest.mark.parametrize("coverage", [0.3, 0.6, 0.95])
+def test_coverage_is_what_comes_about(name, coverage):
+    """300 identities x 20 images in batches of 20, as the samplers draw them."""
+    labels = np.repeat(np.arange(300), 20)
+    sampler = BalancedSampler(labels, 5, 4, 1) if name == "balanced" else ShuffledSampler(len(labels), 20, 1)
+    given = (f"prototypes.injection.coverage={coverage}", f"data.sampler.name={name}", "train.batch_size=20")
+    steps = build.injection_from(loaded("prototypes.injection.weight=0.15", *given), 300)["steps"]
+    last, shares = np.full(300, -1000), []
+    for step in range(1000):
+        shares.append((step - last <= steps).mean())
+        last[labels[sampler.batch(*divmod(step, sampler.steps_per_epoch))]] = step
+    assert np.mean(shares[150:]) == pytest.approx(coverage, abs=0.02)
 
 
 @pytest.mark.parametrize("name", ["vpl_arcface", "vpl_cosface"])

@@ -1,5 +1,6 @@
 """Templates: pooling against a loop, protocols, and the command."""
 
+import itertools
 import json
 
 import numpy as np
@@ -53,6 +54,11 @@ def test_random_protocol_uses_each_image_once_and_pairs_what_it_says():
     assert len({tuple(pair) for pair in p.pairs}) == len(p.pairs)
     with pytest.raises(UserError, match="lower --images-per-template"):
         random_protocol(labels, 4, 1000)
+    uneven = random_protocol(np.repeat([3, 5, 9], [24, 1, 15]), 3, 1000)  # 8, 0 and 5 templates
+    genuine = {tuple(pair) for pair in uneven.pairs[uneven.same].tolist()}
+    assert genuine == {*itertools.combinations(range(8), 2), *itertools.combinations(range(8, 13), 2)}
+    some = random_protocol(np.repeat([3, 5, 9], [24, 1, 15]), 3, 20)
+    assert some.same.sum() == 20 and {tuple(pair) for pair in some.pairs[some.same].tolist()} < genuine
 
 
 def test_lists_of_a_protocol(tmp_path):
@@ -82,6 +88,9 @@ def test_weights_matter_to_the_result():
     assert weighted["auc"] > 0.98 > plain["auc"]
     with pytest.raises(UserError, match="needs a quality"):
         verify_templates(x, p, "quality")
+    for wrong in (-0.1, np.nan):
+        with pytest.raises(UserError, match="negative or not a number"):
+            verify_templates(x, p, "quality", np.where(np.arange(240) == 7, wrong, quality))
 
 
 def test_the_command(small_set, tmp_path):
@@ -92,3 +101,7 @@ def test_the_command(small_set, tmp_path):
     found = json.loads(CliRunner().invoke(app, [*call, "--json", "--pooling", "mean"]).output)
     assert list(found) == ["mean"] and 0 <= found["mean"]["auc"] <= 1
     assert isinstance(CliRunner().invoke(app, [*call, "--pooling", "max"]).exception, UserError)
+    in_chunks = json.loads(CliRunner().invoke(app, [*call, "--json", "--pooling", "mean", "--batch-size", "1"]).output)  # 3 of them
+    assert in_chunks["mean"] == pytest.approx(found["mean"], abs=1e-3, nan_ok=True)
+    lists = ["--lists", str(tmp_path / "a"), str(tmp_path / "b"), "--pooling", "quality"]
+    assert "not lists" in str(CliRunner().invoke(app, [*call, *lists]).exception)

@@ -9,7 +9,6 @@ Legend: n images, D feature size, T templates, p pairs of templates.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,21 +63,25 @@ def random_protocol(labels, images: int, most_pairs: int, seed: int = 0) -> Prot
     Raises UserError if no identity has two templates, or there are fewer than two identities.
     """
     rng, labels = np.random.default_rng(seed), np.asarray(labels)
-    template, person = np.full(len(labels), -1), []
-    genuine: list[tuple[int, int]] = []
-    for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
-        first = len(person)
-        for part in range(len(rows) // images):
-            template[rows[part * images : (part + 1) * images]] = len(person)
-            person.append(label)
-        genuine += itertools.combinations(range(first, len(person)), 2)
-    if not genuine or len(set(person)) < 2:
+    order = rng.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]  # an identity's images are neighbours now, in random order
+    _, start, group, count = np.unique(labels[order], return_index=True, return_inverse=True, return_counts=True)
+    full = count // images
+    first, part = np.cumsum(full) - full, (np.arange(len(order)) - start[group]) // images
+    template = np.empty(len(labels), np.int64)
+    template[order] = np.where(part < full[group], first[group] + part, -1)
+    person = np.repeat(np.arange(len(full)), full)
+    ends = np.cumsum(full * (full - 1) // 2)
+    if not ends[-1] or (full > 0).sum() < 2:
         raise UserError(f"no two identities with two templates of {images} images; lower --images-per-template")
-    genuine = rng.permutation(np.array(genuine))[:most_pairs]
+    # Number r of an identity's pairs 01, 02, 12, 03, ...: the second has r >= j (j - 1) / 2. None is listed that is not drawn.
+    drawn = rng.choice(ends[-1], min(ends[-1], most_pairs), replace=False)
+    owner = np.searchsorted(ends, drawn, side="right")
+    r = drawn - (ends - full * (full - 1) // 2)[owner]
+    j = ((1 + np.sqrt(1 + 8 * r)) // 2).astype(np.int64)
+    genuine = first[owner, None] + np.stack([r - j * (j - 1) // 2, j], 1)
     # More draws than are wanted, since some are of one person or come twice.
     drawn = np.unique(np.sort(rng.integers(0, len(person), (3 * len(genuine), 2))), axis=0)
-    person = np.array(person)
     impostor = rng.permutation(drawn[person[drawn[:, 0]] != person[drawn[:, 1]]])[: len(genuine)]
     same = np.repeat([True, False], [len(genuine), len(impostor)])
     return Protocol(template, np.arange(len(labels)), np.concatenate([genuine, impostor]), same)
@@ -117,12 +120,14 @@ def verify_templates(embeddings, protocol: Protocol, pooling: str, quality=None)
     """TAR@FAR, AUC and EER of the protocol's pairs, with the images of a template pooled by `pooling`.
 
     embeddings [n, D] raw; images with template -1 are left out. quality [n] >= 0: for that pooling. Raises UserError if it
-    is missing, or the embeddings are not finite."""
+    is missing or negative, or the embeddings are not finite."""
     embeddings = np.asarray(embeddings, np.float64)
     if not np.isfinite(embeddings).all():
         raise UserError("an embedding is not finite: the encoder has diverged")
     if pooling == "quality" and quality is None:
         raise UserError("pooling=quality needs a quality for each image: train.quality.npy beside the data")
+    if pooling == "quality" and not (np.asarray(quality) >= 0).all():  # nan is refused as well
+        raise UserError("pooling=quality: a quality is negative or not a number; shift or scale the numbers")
     used = protocol.template >= 0
     weight = {"mean": None, "norm": np.linalg.norm(embeddings, axis=1)}.get(pooling, quality)
     weight = None if weight is None else np.asarray(weight)[used]

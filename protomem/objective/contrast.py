@@ -95,7 +95,8 @@ class Contrast(nn.Module):
             hardest = [F.pad(c.masked_fill(same, 0), (0, 1)).amax(1, keepdim=True) for c in cosines]
             gaps = sum((c.gather(1, place) - h).sum() for c, h in zip(cosines, hardest)) / len(cosines)
             mean = distributed.all_reduce(gaps) / sum(sizes)
-            self.m.mul_(self.momentum).add_((1 - self.momentum) * mean)
+            new = self.momentum * self.m + (1 - self.momentum) * mean
+            self.m.copy_(torch.where(mean.isfinite(), new, self.m))  # a step that overflowed must not stay in it
 
         def loss(c):
             z = self.scale * (c.masked_fill(twins, 0) - self.m * positive)

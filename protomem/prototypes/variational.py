@@ -71,7 +71,8 @@ class FeatureBank(nn.Module):
         self.seen.masked_fill_(gone[:-1], -1)
 
     def statistics(self, total: int) -> dict[str, torch.Tensor]:
-        """injected: share of the `total` rows of all ranks that had a feature mixed in, in the step that has just ended."""
+        """injected: share of the `total` rows of all ranks whose feature counted in the step that has just ended (of a sampled
+        shard's also those that were not drawn)."""
         count = (self.now > 0).sum() if self.now is not None else torch.zeros((), dtype=torch.int64, device=self.seen.device)
         return {"injected": distributed.all_reduce(count) / total}
 
