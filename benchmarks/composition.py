@@ -44,6 +44,16 @@ SOURCES = {
     "memory + EPL": [*_MEMORY, *_EPL],
     "classifier + VPL + EPL": [*_VPL, *_EPL],
 }
+QUALITIES = {
+    name: [f"quality.estimator={name}", *more]
+    for name, more in {
+        "norm": [],
+        "recognizability": ["quality.usage=hard"],
+        "external": [],
+        "magface": [],
+        "zscore": ["quality.usage=topk"],
+    }.items()
+}
 REGULARISERS = {"–": [], "contrast": _CONTRAST}
 
 # What is refused beyond the table: what it is, its settings. The reason is the message.
@@ -120,6 +130,25 @@ def combinations() -> dict[tuple[str, str, str], list[str]]:
     }
 
 
+def qualities() -> dict[tuple[str, str, str], list[str]]:
+    """(margin, quality, source) -> key=value settings, for the second table."""
+    return {
+        (m, q, s): [*MARGINS[m], *QUALITIES[q], *SOURCES[s]]
+        for m, q, s in itertools.product(("CosFace", "MagFace"), QUALITIES, ("classifier", "memory", "memory + VPL"))
+    }
+
+
+def _table(found: dict[tuple[str, str, str], str | None], heads: str, notes: list[str]) -> list[str]:
+    """A row for the first two names of each key, a column for the last; new reasons are added to the notes."""
+    columns = list(dict.fromkeys(s for _, _, s in found))
+    notes += [reason for reason in dict.fromkeys(found.values()) if reason and reason not in notes]
+    lines = [f"| {heads} | " + " | ".join(columns) + " |", "|---|---|" + ":-:|" * len(columns)]
+    for a, b in dict.fromkeys((a, b) for a, b, _ in found):
+        cells = ["✓" if (x := found[a, b, s]) is None else str(notes.index(x) + 1) for s in columns]
+        lines.append(f"| {a} | {b} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def refusal(settings: list[str]) -> str | None:
     """Why the configuration refuses these settings; None: it does not."""
     return _refusal(tuple(settings))
@@ -135,21 +164,26 @@ def _refusal(settings: tuple[str, ...]) -> str | None:
 
 def text() -> str:
     """What docs/composition.md says."""
-    found = {key: refusal(settings) for key, settings in combinations().items()}
-    notes = list(dict.fromkeys(reason for reason in found.values() if reason))
+    notes: list[str] = []
+    tables = [
+        _table({key: refusal(settings) for key, settings in found.items()}, heads, notes)
+        for found, heads in ((combinations(), "margin | regulariser"), (qualities(), "margin | quality"))
+    ]
     lines = [
         "# What goes with what",
         "",
         "Written by `python benchmarks/composition.py`, which asks the configuration; a test compares this file with it, and",
-        "trains every combination that has a ✓ on two ranks. Numbers: refused, for the reason below the table.",
+        "trains every combination that has a ✓ on two ranks. Numbers: refused, for the reason below the tables.",
         "",
-        "| margin | regulariser | " + " | ".join(SOURCES) + " |",
-        "|---|---|" + ":-:|" * len(SOURCES),
+        *tables[0],
+        "",
+        "Quality weighs images within a prototype, so it needs a source that makes prototypes of images:",
+        "",
+        *tables[1],
+        "",
+        *(f"{k}. {reason}" for k, reason in enumerate(notes, 1)),
+        "",
     ]
-    for m, r in itertools.product(MARGINS, REGULARISERS):
-        reasons = [found[m, r, s] for s in SOURCES]
-        lines.append(f"| {m} | {r} | " + " | ".join("✓" if x is None else str(notes.index(x) + 1) for x in reasons) + " |")
-    lines += ["", *(f"{k}. {reason}" for k, reason in enumerate(notes, 1)), ""]
     lines += [
         "MagFace's regulariser belongs to its margin. A ✓ says that the combination is defined and trains, not that anybody",
         "has published it: VPL with sampled prototypes or a memory, VPL with EPL, and a contrast on a memory are ours.",

@@ -184,11 +184,12 @@ def margin_from(config: DictConfig) -> Margin:
 
 
 def criterion_from(config: DictConfig, num_identities: int, device: torch.device) -> Criterion:
-    """The criterion; `num_identities` sets UniFace's initial threshold where the config does not."""
+    """The criterion. UniFace's initial threshold, where the config has none, depends on how many prototypes there are."""
     m = config.margin
     if m.criterion == "softmax":
         return Criterion().to(device)
-    return UnifiedCriterion(num_identities, **m.unified).to(device)
+    compared = min(config.prototypes.memory.size, num_identities) if config.prototypes.source == "memory" else num_identities
+    return UnifiedCriterion(compared, **m.unified).to(device)
 
 
 def contrast_from(config: DictConfig, epoch_steps: int, device: torch.device) -> Contrast | None:

@@ -192,7 +192,8 @@ def event_line(kind: str, values: dict) -> str:
         return "  ".join(parts)
     if kind == "templates":
         parts.append(f"pooled by {rest['pooling']}")
-        for key, name in (("tar@1e-2", "TAR@FAR=1e-2"), ("tar@1e-3", "TAR@FAR=1e-3"), ("auc", "AUC"), ("eer", "EER")):
+        names = {"tar@1e-5": "TAR@FAR=1e-5", "tar@1e-4": "1e-4", "tar@1e-3": "1e-3", "tar@1e-2": "1e-2", "auc": "AUC", "eer": "EER"}
+        for key, name in names.items():
             parts.append(f"{name} " + ("-" if math.isnan(rest[key]) else f"{100 * rest[key]:.2f} %"))
         return "  ".join([*parts, f"{rest['pairs']} pairs"])
     parts += [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items()]

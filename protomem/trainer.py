@@ -146,7 +146,9 @@ class Run:
         floats = torch.stack([t.detach().isfinite().all() for t in tensors.values() if t.is_floating_point()])
         self.finite *= distributed.all_reduce(floats.all().float(), "min")
         self._check_finite()
-        state.average_statistics(self.encoder)
+        for encoder in (self.encoder, self.key_encoder):
+            if encoder is not None:
+                state.average_statistics(encoder)
         numbers, more = self.memory.sampler_state(self.step) if self.memory else ({}, {})
         info = {
             "run": self._identity(),

@@ -36,6 +36,8 @@ WHERE = {
     "EPL": {"prototypes.empirical.start_epoch": 0},
     "contrast": {"contrast.start_epoch": 0},
     "sampled": {"prototypes.rate": 0.5},
+    "recognizability": {"quality.quantile": 0.3},
+    "zscore": {"quality.keep": 1},
     "MagFace": {"margin.magnitude.lower": 1, "margin.magnitude.upper": 51, "margin.magnitude.weight": 10},
 }
 
@@ -67,12 +69,16 @@ def train(c) -> list[float]:
     head, margin = build.head_from(c), build.margin_from(c)
     if contrast is not None:
         encoder.dropout.p = c.contrast.dropout
+    extras = Extras(encoder=encoder)
+    if c.quality.estimator == "recognizability":
+        extras.copies, extras.total = lambda images: images.flip(1)[:1], world
     model, losses = distributed.data_parallel(encoder, device).train(), []
     for step, labels in enumerate(LABELS):
         images = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(step))
         bounds = [distributed.batch_bounds(8, r, world, 2) for r in range(world)]
         lo, hi = bounds[rank]
-        part = MicroBatch(images[lo:hi], torch.tensor(labels[lo:hi]), [b - a for a, b in bounds])
+        scores = torch.arange(1, 9)[lo:hi] / 8 if c.quality.estimator == "external" else None
+        part = MicroBatch(images[lo:hi], torch.tensor(labels[lo:hi]), [b - a for a, b in bounds], scores)
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(100 * step + rank)
@@ -86,7 +92,7 @@ def train(c) -> list[float]:
             criterion=criterion,
             contrast=contrast,
             prepare=normalise,
-            extras=Extras(encoder=encoder),
+            extras=extras,
             observe=True,
         )
         grads = [p.grad for p in (*encoder.parameters(), *criterion.parameters()) if p.requires_grad]
@@ -107,8 +113,9 @@ def test_the_document_is_what_the_script_would_write(document):
 
 def test_every_allowed_combination_trains_and_every_part_counts():
     """On two ranks, all of them in one world; a part that is on changes the loss of the combination without it."""
-    allowed = {k: s for k, s in composition.combinations().items() if composition.refusal(s) is None}
-    assert len(allowed) == 126
+    everything = {**composition.combinations(), **composition.qualities()}
+    allowed = {k: s for k, s in everything.items() if composition.refusal(s) is None}
+    assert len(allowed) == 126 + 20
     configs = {key: tiny(key, settings) for key, settings in allowed.items()}
 
     def work():
@@ -124,6 +131,11 @@ def test_every_allowed_combination_trains_and_every_part_counts():
     assert first == second  # the loss is that of the global batch
     silent = []
     for (m, r, s), losses in first.items():
+        if r in composition.QUALITIES:  # counts beside the memory whose images count alike
+            # Norms of eight numbers are all below 10, where `magface` begins unless the margin says otherwise.
+            small = (m, r) == ("CosFace", "magface")
+            silent += [f"{m}, {r}, {s}"] if losses == first[m, "–", s] and not small else []
+            continue
         source, *more = s.split(" + ")
         others = [(m, "–", s)] if r != "–" else []
         others += [(m, r, " + ".join([source, *(x for x in more if x != part)])) for part in more]

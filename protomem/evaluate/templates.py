@@ -133,5 +133,5 @@ def verify_templates(embeddings, protocol: Protocol, pooling: str, quality=None)
     weight = None if weight is None else np.asarray(weight)[used]
     templates = pool(embeddings[used], protocol.template[used], weight, protocol.medium[used])
     scores = (templates[protocol.pairs[:, 0]] * templates[protocol.pairs[:, 1]]).sum(1)
-    rates = {f"tar@{far_name(far)}": tar_at_far(scores, protocol.same, far) for far in FARS}
+    rates = {f"tar@{far_name(far)}": tar_at_far(scores, protocol.same, far) for far in (*FARS, 1e-5)}
     return {**rates, "auc": auc(scores, protocol.same), "eer": equal_error_rate(scores, protocol.same)}
