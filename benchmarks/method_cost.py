@@ -22,6 +22,7 @@ from benchmarks.common import spread, write_csv
 from protomem.head import blocked_head
 from protomem.objective.margins import build_margin
 from protomem.prototypes.classifier import ClassifierShard
+from protomem.prototypes.empirical import EmpiricalPrototypes
 from protomem.prototypes.variational import FeatureBank
 from protomem.step import losses
 
@@ -34,10 +35,12 @@ class Problem:
     def __init__(self, identities: int, size: int):
         self.shard = ClassifierShard(identities, size)
         self.optimizer = torch.optim.SGD([self.shard.weight], lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
-        self.margin = build_margin("cosface", scale=64.0, m=0.4)
         self.bank = FeatureBank(identities, size, weight=0.15, steps=200, start=0)
         self.bank.features.copy_(torch.nn.functional.normalize(torch.randn(identities, size)))
         self.order = torch.randperm(identities)
+        self.empirical = EmpiricalPrototypes(identities, size)
+        self.empirical.rows.copy_(self.bank.features)
+        self.empirical.seen.fill_(1)
 
     def draw(self, batch: int) -> None:
         self.x = torch.randn(batch, self.shard.weight.shape[1]).requires_grad_()
@@ -46,14 +49,28 @@ class Problem:
     def step(self) -> None:
         shard, labels = self.shard, self.labels
         shard.begin_step(labels, 1000)
-        found = losses((self.x,), labels, [len(labels)], shard, blocked_head, self.margin)
+        found = losses((self.x,) * self.views, labels, [len(labels)], shard, blocked_head, self.margin)
         found.per_sample.mean().backward()
         shard.after_step(labels, found.unit)
         self.optimizer.step()
 
 
 def plain(problem: Problem) -> None:
-    problem.shard.bank = None
+    problem.shard.bank = problem.shard.empirical = None
+    problem.margin, problem.views = build_margin("cosface", scale=64.0, m=0.4), 1
+
+
+def epl(problem: Problem) -> None:
+    problem.shard.empirical = problem.empirical
+
+
+def magface(problem: Problem) -> None:
+    problem.margin = build_margin("magface", scale=64.0)
+
+
+def two_views(problem: Problem) -> None:
+    """CoReFace's classification; its contrast is B x B numbers."""
+    problem.views = 2
 
 
 def vpl(share: float):
@@ -67,7 +84,13 @@ def vpl(share: float):
     return prepare
 
 
-VARIANTS = {"plain": plain, **{f"vpl {100 * share:g} %": vpl(share) for share in SHARES}}
+VARIANTS = {
+    "plain": plain,
+    **{f"vpl {100 * share:g} %": vpl(share) for share in SHARES},
+    "epl": epl,
+    "magface": magface,
+    "coreface": two_views,
+}
 
 
 def measure(problem: Problem, batch: int, repeats: int) -> list[dict]:
@@ -75,6 +98,7 @@ def measure(problem: Problem, batch: int, repeats: int) -> list[dict]:
     problem.draw(batch)
     for repeat in range(repeats + 1):
         for name, prepare in VARIANTS.items():
+            plain(problem)
             prepare(problem)
             start = time.process_time()
             problem.step()

@@ -34,7 +34,7 @@ PAIRS = ("clean", "cross_pose", "low_quality")
 DEGRADED = 0.3
 IDENTITIES, IMAGES = 200, 16
 METHODS = (
-    "arcface", "cosface", "prototype_memory", "quality_aware_prototype_memory", "vpl_arcface", "epl_cosface", "magface", "coreface",
+    "arcface", "arcface with dropout", "cosface", "prototype_memory", "quality_aware_prototype_memory", "vpl_arcface", "epl_cosface", "magface", "coreface",
     "magface_qapm_vpl", "coreface_epl",
 )  # fmt: skip
 KEY = ("method", "seed", "steps")
@@ -54,7 +54,7 @@ def scaled(method: str, steps: int) -> list[str]:
 
     In the published trainings VPL starts after a tenth and has most identities in play, EPL starts after a seventh and
     CoReFace after a third. MagFace's norms are those of 512 features, these of 128 are half as long; its weight stays 1.55
-    times the bound. Dropout is milder, since the encoder is small.
+    times the bound. Dropout is milder, since the encoder is small; ArcFace with this dropout is there as their control.
     """
     epochs = steps * 64 / (IDENTITIES * IMAGES)
     injection = [f"prototypes.injection.start={steps // 10}", "prototypes.injection.steps=50"]
@@ -63,6 +63,7 @@ def scaled(method: str, steps: int) -> list[str]:
     magnitude = [f"margin.magnitude.{k}" for k in ("lower=5", "upper=55", "weight=8.75")] + ["encoder.dropout=0.2"]
     memory = ["prototypes.memory.size=192"]  # nearly all of the 200 people: slots of others would stay empty
     own = {
+        "arcface with dropout": ["encoder.dropout=0.2"],
         "prototype_memory": memory,
         "quality_aware_prototype_memory": memory,
         "vpl_arcface": injection,
@@ -78,9 +79,9 @@ def scaled(method: str, steps: int) -> list[str]:
 def one_run(work: Path, method: str, seed: int, steps: int) -> dict:
     """Train on 2 ranks; the row of the table."""
     train, bins = data(work)
-    folder = work / "runs" / f"{method}-{seed}-{steps}"
+    folder = work / "runs" / f"{method.replace(' ', '_')}-{seed}-{steps}"
     shutil.rmtree(folder, ignore_errors=True)  # a run is short: one that was cut off starts anew
-    configs = [str(ROOT / "configs" / path) for path in ("results/method_study.yaml", f"methods/{method}.yaml")]
+    configs = [str(ROOT / "configs" / path) for path in ("results/method_study.yaml", f"methods/{method.split()[0]}.yaml")]
     command = [str(ROOT / "launch" / "local.sh"), "2", *configs, f"output={folder}", f"data.train={train}"]
     command += [f"data.eval=[{','.join(map(str, bins))}]", f"train.seed={seed}", f"schedule.steps={steps}"]
     command += [f"schedule.warmup_steps={steps // 10}", *scaled(method, steps)]
