@@ -167,6 +167,9 @@ def test_the_last_image_of_an_identity_counts_whatever_the_order_of_writing():
     for step, counts in ((4, True), (5, True), (6, False)):  # up to 2 steps later
         bank.begin_step(step)
         assert bank.injection().weight.tolist() == [0.5 * counts, 0, 0.5 * counts, 0, 0.5 * counts]
+    early = FeatureBank(2, 2, weight=0.5, steps=9, start=0)
+    early.begin_step(0)
+    assert early.injection().weight.tolist() == [0, 0]  # of which nobody has been seen
     bank.begin_step(0)
     assert bank.injection() is None and bank.statistics(5)["injected"] == 0
 

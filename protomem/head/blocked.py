@@ -118,6 +118,7 @@ class _Head(torch.autograd.Function):
         ctx.columns, ctx.scale, ctx.negatives, ctx.operands, ctx.block = columns, scale, negatives, operands, block
         ctx.kept, ctx.kept_blocks, ctx.has_own = kept, kept_blocks, own is not None
         ctx.live = columns.live.place if live is not None else None
+        ctx.inverse_w = mixer.inverse_w if mixer is not None else None
         ctx.save_for_backward(x, mine, cos_y, lse, inverse, plain)
         return cos_y, lse
 
@@ -131,7 +132,7 @@ class _Head(torch.autograd.Function):
         xg = operands.prepare(x)
         dx = mine * g_cos[:, None]
         place = ctx.live
-        mixer = ctx.mixer = Mixer(columns, operands, x, block) if columns.injection is not None and c else None
+        mixer = ctx.mixer = Mixer(columns, operands, x, block, ctx.inverse_w) if ctx.inverse_w is not None else None
         seen_live = x.new_zeros(b, len(place)) if place is not None else None  # [B, L] d loss / d z of the live rows
         factor = (g_lse * scale)[:, None]
         shift = torch.where(lse.isinf(), torch.zeros_like(lse), lse)[:, None]

@@ -1,16 +1,16 @@
 """Features mixed into prototype rows (VPL), a block of rows at a time; see `Injection` in protomem/head/contract.py.
 
-A row w with the feature q and the weight l > 0 takes part as v / |v|, where v = a w + l q and a = (1 - l) / |w|, or 1 - l if
-rows are unit already. For the length of a block's GEMMs v stands in the place of w, in the shard itself, and w comes back
-bit for bit: nothing larger than a block is made, and the cost follows the number of injected rows. What reaches w of a
-gradient d v, with e = w / |w|:
+A row w with the feature q and the weight l takes part as norm((1 - l) w/|w| + l q) = v / |v| with v = w + c q and
+c = l |w| / (1 - l), or l / (1 - l) where rows are unit already. For the length of a block's GEMMs v stands in the place of w,
+in the shard itself, and w comes back bit for bit: nothing larger than a block is made, and the cost follows the number of
+injected rows. Of a gradient d v, with c a function of |w|, reaches w, with e = w / |w|,
 
-    d w = a (d v - <d v, e> e)             unit rows, which are not divided by their norm: d w = (1 - l) d v
+    d w = d v - <d v, e> e                 unit rows, which are not divided by their norm: d w = d v
 
-Where asking which rows are injected would wait for the device, all rows of a block take this road, most with l = 0 and so
-a = 1, v = w, in scratch memory.
+Where asking which rows are injected would wait for the device, and where most are, all rows of a block take this road, in
+scratch memory, those with l = 0 as v = w.
 
-Legend: C prototype rows of this rank, K rows of a block, k of these that are mixed, D feature size.
+Legend: B global batch, C prototype rows of this rank, K rows of a block, D feature size.
 """
 
 from __future__ import annotations
@@ -26,34 +26,48 @@ ASKS = {"cpu"}  # devices that are asked which rows are injected
 
 
 class Mixer:
-    """The injection of one forward or backward pass. x [B, D] gives dtype and device; block: most rows at a time."""
+    """The injection of one forward or backward pass. x [B, D] gives dtype and device; block: most rows at a time.
 
-    def __init__(self, columns: Columns, operands: Operands, x: torch.Tensor, block: int):
+    inverse_w [C]: 1 / |w|, 1 for unit rows; the forward pass collects it for the backward pass.
+    """
+
+    def __init__(
+        self, columns: Columns, operands: Operands, x: torch.Tensor, block: int, inverse_w: torch.Tensor | None = None
+    ):
         i = columns.injection
         self.rows, self.unit, self.target = columns.rows, columns.unit, columns.target
         self.features, self.place, self.weight = i.features, i.row, i.weight.to(x.dtype)
-        self.operands, self.dtype, self.asks = operands, x.dtype, x.device.type in ASKS
+        self.operands, self.dtype, self.block = operands, x.dtype, block
+        self.odds = self.weight / (1 - self.weight)
+        self.injected = self.weight.nonzero().squeeze(1) if x.device.type in ASKS else None
+        if self.injected is not None:  # ascending; those of block k stand from edges[k] to edges[k + 1]
+            self.edges = torch.searchsorted(self.injected, torch.arange(0, len(self.rows) + block, block)).tolist()
+        self.inverse_w = x.new_empty(len(self.rows)) if inverse_w is None else inverse_w
         self.room = [x.new_empty(block, x.shape[1]) for _ in range(3)]  # for w, v, gradient
         self.swapped = None
 
     # --- a block ---------------------------------------------------------------------------------------------------
 
     def put(self, start: int, stop: int, inverse: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows start:stop as an operand [K, D] with v in the place of w, until `restore`. 1 / |v| goes into inverse [C]."""
-        block, weight = self.rows[start:stop], self.weight[start:stop]
-        self.active = weight.nonzero().squeeze(1) if self.asks else None
-        if self.active is not None and 4 * len(self.active) > len(weight):
-            self.active = None  # from a quarter on gathering them costs more than a pass over all (measured)
-        at = slice(start, stop) if self.active is None else self.active + start
-        share = self.share = self.weight[at]
-        w = self.w = self._take(self.rows, at, self.room[0])
-        self.inverse_w = None if self.unit else inverse_norm(w)
-        self.a = 1 - share if self.unit else torch.where(share > 0, (1 - share) * self.inverse_w, 1)
-        q = self._take(self.features, at if self.place is None else self.place[at], self.room[1])
-        v = self.v = torch.mul(q, share[:, None], out=self.room[1][: len(share)])
-        v.addcmul_(w, self.a[:, None])
+        """The block of rows start:stop as an operand [K, D] with v in the place of w, until `restore`.
+
+        inverse [C] (forward): holds 1 / |w| of these rows, or 1, and gets 1 / |v| where they are injected.
+        """
+        block, at, self.active = self.rows[start:stop], slice(start, stop), None
+        if self.injected is not None:
+            first, last = self.edges[start // self.block : start // self.block + 2]
+            if 4 * (last - first) <= stop - start:  # above, gathering them costs more than a pass over all (measured)
+                at = self.injected[first:last]
+                self.active = at - start
         if inverse is not None:
-            inverse[at] = torch.where(share > 0, inverse_norm(v), inverse[at])
+            self.inverse_w[start:stop] = inverse[start:stop]
+        odds, self.inverse = self.odds[at], self.inverse_w[at]
+        w = self.w = self._take(self.rows, at, self.room[0])
+        q = self._take(self.features, at if self.place is None else self.place[at], self.room[1])
+        v = self.v = torch.addcmul(w, q, (odds / self.inverse)[:, None], out=self.room[1][: len(odds)])
+        self.mixed = odds > 0 if self.active is None else None
+        if inverse is not None:
+            inverse[at] = inverse_norm(v) if self.mixed is None else torch.where(self.mixed, inverse_norm(v), inverse[at])
         if self.active is None:
             return self.operands.prepare(v)
         operand = self.operands.prepare(block)
@@ -86,12 +100,11 @@ class Mixer:
         """Turn the mixed rows of a block's gradient [K, D] from d v, which still lacks along v (along [K]), to d w."""
         everything = self.active is None
         g = grad if everything else torch.index_select(grad, 0, self.active, out=self.room[2][: len(self.active)])
-        along = along * (self.share > 0) if everything else along[self.active]
+        along = along * self.mixed if everything else along[self.active]
         g.addcmul_(self.v, along[:, None])
         if not self.unit:
-            projection = torch.mul(g, self.w, out=self.v).sum(1) * self.inverse_w.square()
+            projection = torch.mul(g, self.w, out=self.v).sum(1) * self.inverse.square()
             g.addcmul_(self.w, projection[:, None], value=-1)
-        g.mul_(self.a[:, None])
         if before is not None:
             g.add_(before)
         if not everything:
@@ -107,12 +120,10 @@ class Mixer:
 
     def carry_targets(self, x: torch.Tensor, cos_y: torch.Tensor, mine: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
         """d cos_y / d w [B, D] of the target rows, up to the factor 1 / |v|; mine: what `mix_targets` made of plain."""
-        share, _ = self._targets()
-        bent = x - cos_y[:, None] * mine
+        tangent = x - cos_y[:, None] * mine
         if self.unit:
-            return torch.where(share > 0, (1 - share) * bent, x)
-        inverse = inverse_norm(self.rows[self.target.clamp_min(0)].to(self.dtype))[:, None]
-        return torch.where(share > 0, (1 - share) * inverse * (bent - (bent * plain).sum(1, keepdim=True) * plain), bent)
+            return torch.where(self._targets()[0] > 0, tangent, x)
+        return tangent - (tangent * plain).sum(1, keepdim=True) * plain
 
     def _targets(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(share [B, 1], row in `features` [B]) of each sample's own row; share 0 where another rank owns it."""
