@@ -94,8 +94,8 @@ class _Chunks:
     def __init__(self, x: torch.Tensor, columns: Columns, scale: float, filter_above: float | None, half: bool, block: int):
         self.rows, self.make = kernels.load()
         self.columns, self.scale, self.filter_above, self.half = columns, scale, filter_above, half
-        self.wide = kernels.interpreted()
-        self.tiles = INTERPRETED if self.wide else TILES["bf16" if half else "fp32"]
+        self.emulated = kernels.interpreted()
+        self.tiles = INTERPRETED if self.emulated else TILES["bf16" if half else "fp32"]
         (self.b, self.d), self.c = x.shape, len(columns.rows)
         n = self.tiles.n
         self.k = min(-(-(block or chunk_rows(self.b, self.d, n)) // n) * n, -(-self.c // n) * n)
@@ -110,7 +110,7 @@ class _Chunks:
         self.copied = mixed or columns.rows.dtype != self.dtype
         self.operand = x.new_empty(self.k, self.d, dtype=self.dtype) if self.copied else None
         self.options = dict(num_warps=self.tiles.warps, num_stages=self.tiles.stages)
-        self.product = dict(HALF=half, WIDE=self.wide, **self.options)
+        self.product = dict(HALF=half, EMULATE=self.emulated, **self.options)
 
     def bytes_kept(self) -> int:
         """Of one chunk's exponentials and maxima."""
@@ -137,7 +137,7 @@ class _Chunks:
 
     def _by_row(self, rows: int) -> tuple[tuple[int], dict]:
         """(grid, constants) of kernels that take whole rows [rows, D]."""
-        each = max(1, 4096 // self.width) if not self.wide else 8
+        each = max(1, 4096 // self.width) if not self.emulated else 8
         return (-(-rows // each),), dict(R=each, WIDTH=self.width, UNIT=self.columns.unit)
 
     def operands(self, start: int, inverse: torch.Tensor) -> torch.Tensor:
@@ -147,7 +147,7 @@ class _Chunks:
         if self.copied or not self.columns.unit:
             grid, constants = self._by_row(stop - start)
             args = (rows, *self._mixing(start, stop), self.operand, inverse[start:stop], stop - start, self.d)
-            launch(self.rows.operands, grid, *args, HALF=self.half, **constants)
+            launch(self.rows.operands, grid, *args, HALF=self.half, EMULATE=self.emulated, **constants)
         return self.operand if self.copied else rows
 
     def logits(self, start, v, inverse, threshold, exps, top, total, share=None, best=None, best_at=None) -> None:
@@ -164,12 +164,12 @@ class _Chunks:
         start, _, t = self.span(start)
         args = (tops, sums, shares, bests, ats, top, total, share, rescale, best, best_at, start, self.b, t)
         width = 1 << (t - 1).bit_length()
-        each = max(1, min(64, 4096 // width)) if not self.wide else 16
+        each = max(1, min(64, 4096 // width)) if not self.emulated else 16
         launch(self.rows.merge, (-(-self.b // each),), *args, R=each, WIDTH=width)
 
     def splits(self) -> int:
         """Parts of a chunk that are summed into d x side by side, for as many programs as the GPU has processors."""
-        if self.wide:
+        if self.emulated:
             return min(2, self.t)
         programs = -(-self.b // self.tiles.m) * -(-self.d // self.tiles.d)
         processors = torch.cuda.get_device_properties(self.x.device).multi_processor_count if self.x.is_cuda else 132

@@ -1,29 +1,22 @@
 """Kernels around the three products of a chunk: x v^T with the softmax behind it, p v for d x, p^T x for d v.
 
 Legend as in protomem/head/triton_head.py. Operands are fp32 (exact, no TF32) or bf16, the sums always fp32. Triton's
-interpreter multiplies the bit patterns of bf16 numbers; WIDE has them made fp32 before, which changes no number.
+interpreter multiplies the bit patterns of bf16 numbers; EMULATE has them made fp32 before, which changes no number.
 """
 
 import triton
 import triton.language as tl
 
-HIDDEN = tl.constexpr(-1e30)  # a logit that is not there
+from protomem.head.kernels.rows import HIDDEN, operand
+
 
 
 @triton.jit
-def _product(a, b, total, WIDE: tl.constexpr):
-    if WIDE:
+def _product(a, b, total, EMULATE: tl.constexpr):
+    if EMULATE:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     else:
         return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
-def _operand(p, HALF: tl.constexpr):
-    if HALF:
-        return p.to(tl.bfloat16, fp_downcast_rounding="rtne")
-    else:
-        return p
 
 
 @triton.jit
@@ -38,7 +31,7 @@ def _log1p(e):
 def logits(
     x, v, inverse, target, valid, threshold, exps, tile_top, tile_sum, tile_share, tile_best, tile_at,
     scale, filter_above, start, B, K, D, P,
-    HALF: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    HALF: tl.constexpr, EMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A tile [BM, BN] of z_ij = s x_i v_j / |v_j|, used up in registers: what leaves is tile_top = max_j z, tile_sum =
     sum_j exp(z - tile_top), [T, B] each, and if wanted exps [B, P] = exp(z - tile_top) (0 where z has no gradient).
@@ -52,7 +45,7 @@ def logits(
         d = k + tl.arange(0, BK)
         a = tl.load(x + x_at + d[None, :], mask=(m < B)[:, None] & (d < D)[None, :], other=0.0)
         b = tl.load(v + v_at + d[:, None], mask=(d < D)[:, None] & (n < K)[None, :], other=0.0)
-        z = _product(a, b, z, WIDE)
+        z = _product(a, b, z, EMULATE)
     own = tl.load(target + m, mask=m < B, other=-1)
     hidden = (n >= K)[None, :] | (own[:, None] == (start + n)[None, :])
     if valid is not None:
@@ -82,14 +75,14 @@ def logits(
         tl.store(tile_top + out, top, mask=m < B)
         tl.store(tile_sum + out, tl.sum(z, 1), mask=m < B)
     if exps is not None:
-        kept = _operand(tl.where(flat, 0.0, z), HALF)
+        kept = operand(tl.where(flat, 0.0, z), HALF, EMULATE)
         tl.store(exps + m.to(tl.int64)[:, None] * P + n[None, :], kept, mask=(m < B)[:, None])
 
 
 @triton.jit
 def add_dx(
     exps, v, inverse, tile_top, top, rescale, out, B, K, D, P, T, SPLITS,
-    HALF: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    HALF: tl.constexpr, EMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """out [SPLITS, B, D] = rescale out + sum_j exp(z_ij - top_i) v_j / |v_j|; split s takes tiles s, s + SPLITS, ...
 
@@ -112,14 +105,14 @@ def add_dx(
         if tile_top is not None:
             p *= tl.exp(tl.load(tile_top + t * B + m, mask=m < B, other=HIDDEN) - level)[:, None]
         b = tl.load(v + n.to(tl.int64)[:, None] * D + d[None, :], mask=(n < K)[:, None] & (d < D)[None, :], other=0.0)
-        total = _product(_operand(p, HALF), b, total, WIDE)
+        total = _product(operand(p, HALF, EMULATE), b, total, EMULATE)
     tl.store(place, total, mask=inside)
 
 
 @triton.jit
 def row_grads(
     exps, x, inverse, tile_top, level, weight, out, B, K, D, P,
-    ADD: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    ADD: tl.constexpr, HALF: tl.constexpr, EMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """out [K, D] (+)= sum_i p_ij x_i / |v_j| with p_ij = weight_i exp(z_ij - level_i), from exps and tile_top (or, without
     tile_top, p_ij = weight_i exps_ij)."""
@@ -133,9 +126,9 @@ def row_grads(
             top = tl.load(tile_top + t * B + m, mask=m < B, other=HIDDEN)
             share *= tl.exp(top - tl.load(level + m, mask=m < B, other=0.0))
         p = tl.load(exps + m.to(tl.int64)[:, None] * P + n[None, :], mask=(m < B)[:, None], other=0.0).to(tl.float32)
-        p = _operand(p * share[:, None], HALF)
+        p = operand(p * share[:, None], HALF, EMULATE)
         b = tl.load(x + m.to(tl.int64)[:, None] * D + d[None, :], mask=(m < B)[:, None] & (d < D)[None, :], other=0.0)
-        total = _product(tl.trans(p), b, total, WIDE)
+        total = _product(tl.trans(p), b, total, EMULATE)
     total *= tl.load(inverse + n, mask=n < K, other=0.0)[:, None]
     inside = (n < K)[:, None] & (d < D)[None, :]
     place = out + n.to(tl.int64)[:, None] * D + d[None, :]

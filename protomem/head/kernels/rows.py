@@ -12,6 +12,19 @@ TINY = tl.constexpr(1e-12)  # the least norm of a row
 
 
 @triton.jit
+def operand(p, HALF: tl.constexpr, EMULATE: tl.constexpr):
+    """p as an operand of the products: fp32, or with HALF rounded to the nearest bf16. Triton's interpreter would cut the
+    last bits off instead; EMULATE has them rounded before."""
+    if HALF:
+        if EMULATE:
+            bits = p.to(tl.int32, bitcast=True)
+            p = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+        return p.to(tl.bfloat16)
+    else:
+        return p
+
+
+@triton.jit
 def _length(v):
     return tl.maximum(tl.sqrt(tl.sum(v * v, 1)), TINY)
 
@@ -30,7 +43,8 @@ def _mixed(w, unit_w, share, features, place, k, d, inside, D):
 
 @triton.jit
 def operands(
-    rows, features, place, shares, out, inverse, K, D, UNIT: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr
+    rows, features, place, shares, out, inverse, K, D,
+    UNIT: tl.constexpr, HALF: tl.constexpr, EMULATE: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """inverse [K] = 1 / |v| (1 for unit rows), and if `out` is given v [K, D] as the operand of the products."""
     k, d = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, WIDTH)
@@ -47,15 +61,13 @@ def operands(
         scale = tl.where(share > 0, 1 / _length(v), scale)
     tl.store(inverse + k, scale, mask=k < K)
     if out is not None:
-        if HALF:
-            tl.store(out + at, v.to(tl.bfloat16, fp_downcast_rounding="rtne"), mask=inside)
-        else:
-            tl.store(out + at, v, mask=inside)
+        tl.store(out + at, operand(v, HALF, EMULATE), mask=inside)
 
 
 @triton.jit
 def finish(
-    grads, rows, features, place, shares, inverse, out, K, D, UNIT: tl.constexpr, ADD: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr
+    grads, rows, features, place, shares, inverse, out, K, D,
+    UNIT: tl.constexpr, ADD: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """From grads [K, D] = sum_i p_ij x_i / |v_j| to d loss / d w, which is written to or added to out [K, D].
 
