@@ -182,14 +182,14 @@ def once(problem: Problem, act) -> dict[str, float]:
     host = 1e3 * (time.perf_counter() - host)
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 1e9
-    return dict(forward_ms=events[0].elapsed_time(events[1]), backward_ms=events[1].elapsed_time(events[2]), host_ms=host, peak_gb=peak)
+    forward, backward = (a.elapsed_time(b) for a, b in zip(events, events[1:]))
+    return dict(forward_ms=forward, backward_ms=backward, host_ms=host, peak_gb=peak)
 
 
 def measure(kind: str, batch: int, identities: int, size: int, options, rate: dict[str, float]) -> list[dict]:
-    problem, device = None, torch.device("cuda")
     runs = {name: [] for name in variants(kind, options.blocks)}
     failed = {}
-    problem = Problem(kind, batch, identities, size, device)
+    problem = Problem(kind, batch, identities, size, torch.device("cuda"))
     problem.columns()  # makes the gradient's buffer, which is not the head's
     for repeat in range(options.repeats + WARM_UP):
         for name, (act, _) in variants(kind, options.blocks).items():
@@ -205,7 +205,8 @@ def measure(kind: str, batch: int, identities: int, size: int, options, rate: di
                 runs[name].append(found)
     rows, products = [], 2 if kind == "memory" else 3
     for name, (_, precision) in variants(kind, options.blocks).items():
-        row = dict(variant=name, kind=kind, B=batch, C=identities, D=size, state=failed.get(name, "measured"), repeats=len(runs[name]))
+        row = dict(variant=name, kind=kind, B=batch, C=identities, D=size)
+        row |= dict(state=failed.get(name, "measured"), repeats=len(runs[name]))
         if runs[name]:
             row |= {k: statistics.median(r[k] for r in runs[name]) for k in runs[name][0]}
             totals = [r["forward_ms"] + r["backward_ms"] for r in runs[name]]
@@ -228,7 +229,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for kernels_check.csv and kernels.csv")
     parser.add_argument("--batches", type=numbers, default=[1024], metavar="B,...")
-    parser.add_argument("--identities", type=numbers, default=[100_000, 1_000_000, 4_000_000], metavar="C,...", help="of the shard")
+    shards = [100_000, 1_000_000, 4_000_000]
+    parser.add_argument("--identities", type=numbers, default=shards, metavar="C,...", help="rows of the shard")
     parser.add_argument("--sizes", type=numbers, default=[512], metavar="D,...")
     parser.add_argument("--kinds", type=lambda text: text.split(","), default=list(KINDS), help=",".join(KINDS))
     parser.add_argument("--blocks", type=numbers, default=[0], metavar="K,...", help="rows of a chunk; 0: the default")

@@ -13,6 +13,9 @@ from protomem import distributed
 from protomem.head import HEADS, Columns, GradSink, Injection, Live, Nearest, objective, triton_head
 from protomem.objective.margins import build_margin
 from tests.ranks import run_ranks
+from tests.test_equivalence import CASES as STEP_CASES
+from tests.test_equivalence import MARGINS, close, train_once
+from tests.test_equivalence import expected as expected_step
 
 BLOCK = 32  # rows of a chunk: two tiles of the interpreter
 USUAL = dict(batch=19, classes=75, size=21, scale=16.0, margin=dict(name="cosface", m=0.4))
@@ -43,11 +46,14 @@ CASES = {
 STORES = (0, 0.004, 16)  # exponentials of no chunk, of one or two, of all
 
 
-def problem(batch, classes, size, unit=False, hidden=False, own=False, live=False, share=0.0, mapped=False, opposite=False, **_):
+def problem(
+    batch, classes, size, unit=False, hidden=False, own=False, live=False, share=0.0, mapped=False, opposite=False, **_
+) -> dict:
     """Tensors of the whole problem, float64 numbers that float32 holds exactly (but unit vectors)."""
     g = torch.Generator().manual_seed(batch * 1000 + classes)
     random = lambda *shape: torch.randn(*shape, generator=g).double()  # noqa: E731
-    p = dict(x=F.normalize(random(batch, size)), rows=random(classes, size), labels=torch.randint(0, classes, (batch,), generator=g))
+    p = dict(x=F.normalize(random(batch, size)), rows=random(classes, size))
+    p["labels"] = torch.randint(0, classes, (batch,), generator=g)
     if opposite:
         p["rows"] = -random(classes, 1).abs() * p["x"].mean(0) + 0.01 * p["rows"]
     if unit:
@@ -72,18 +78,20 @@ def compute(head: str, case: dict, p: dict, dtype, **options) -> dict:
     those of the shard."""
     first, last = distributed.shard_bounds(case["classes"], distributed.rank(), distributed.world_size())
     mine = lambda index: torch.where((index >= first) & (index < last), index - first, -1)  # noqa: E731
+    leaf = lambda t: t.to(dtype).detach().clone().requires_grad_()  # noqa: E731
     rows = p["rows"][first:last].to(dtype)
-    x, sink = p["x"].to(dtype).detach().clone().requires_grad_(not case.get("frozen")), GradSink() if case.get("sink", True) else None
-    columns = Columns(rows, mine(p["labels"]), sink, unit=case.get("unit", False), nearest=Nearest() if case.get("nearest") else None)
+    x, sink = leaf(p["x"]).requires_grad_(not case.get("frozen")), GradSink() if case.get("sink", True) else None
+    columns = Columns(rows, mine(p["labels"]), sink, unit=case.get("unit", False))
+    columns.nearest = Nearest() if case.get("nearest") else None
     leaves = dict(dx=x)
     if "valid" in p:
         columns.valid = p["valid"][first:last]
     if "own" in p:
-        columns.own = leaves["d_own"] = p["own"].to(dtype).detach().clone().requires_grad_()
+        columns.own = leaves["d_own"] = leaf(p["own"])
         columns.uses_own = p["uses_own"]
     if "place" in p:
         place = mine(p["place"])
-        leaves["d_live"] = p["rows"][p["place"]].to(dtype).detach().clone().requires_grad_()
+        leaves["d_live"] = leaf(p["rows"][p["place"]])
         columns.live = Live(leaves["d_live"], place)
     if "weight" in p:
         features = p["features"] if p["map"] is not None else p["features"][first:last]
@@ -103,7 +111,9 @@ def compute(head: str, case: dict, p: dict, dtype, **options) -> dict:
         if loss.requires_grad:
             loss.backward()
     found = dict(loss=loss, cos_y=cos_y, out=out)
-    found |= {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
+    for name, t in leaves.items():
+        if t.requires_grad:
+            found[name] = torch.zeros_like(t) if t.grad is None else t.grad
     if sink is not None:
         found["rows"] = sink.buffer
     if columns.nearest is not None:
@@ -194,7 +204,8 @@ def test_rows_stored_in_bf16():
     expected = compute("dense", case, p, torch.float64)
     for precision, tolerance in (("fp32", 1e-5), ("bf16", 0.03)):
         x = p["x"].float().requires_grad_()
-        cos_y, lse = HEADS["triton"](x, Columns(p["rows"].bfloat16(), p["labels"], unit=True), 16.0, precision=precision, block=BLOCK)
+        columns = Columns(p["rows"].bfloat16(), p["labels"], unit=True)
+        cos_y, lse = HEADS["triton"](x, columns, 16.0, precision=precision, block=BLOCK)
         objective(16 * (cos_y - 0.4), lse).mean().backward()
         compare(dict(dx=x.grad.double()), dict(dx=expected["dx"]), tolerance, precision)
 
@@ -205,4 +216,23 @@ def test_no_gradient_mode():
     with torch.no_grad():
         found = compute("triton", case, p, torch.float32, block=BLOCK)
     expected = compute("dense", case, p, torch.float64)
-    compare({k: found[k] for k in ("loss", "cos_y", "out")}, {k: expected[k] for k in ("loss", "cos_y", "out")}, 1e-5, "no_grad")
+    found, expected = ({k: r[k] for k in ("loss", "cos_y", "out")} for r in (found, expected))
+    compare(found, expected, 1e-5, "no_grad")
+
+
+def test_whole_steps_equal_the_slow_formula():
+    """The cases of tests/test_equivalence.py that try something else than those above, through DDP and micro-batches."""
+    tried = [("accumulated", "arcface"), ("uneven_batch", "filtered"), ("one_class", "cosface")]
+    tried.append(("classes_all_elsewhere", "softmax"))
+
+    def work():
+        steps = [(MARGINS[margin], *STEP_CASES[case], torch.float32, 4, 0) for case, margin in tried]
+        return [train_once("triton", *step) for step in steps]
+
+    results = run_ranks(2, work)
+    for k, (case, margin) in enumerate(tried):
+        loss, encoder_grad, weight_grad = expected_step(case, margin)
+        for rank in range(2):
+            assert results[rank][k][0] == pytest.approx(loss, rel=1e-4, abs=1e-7)
+            close(results[rank][k][1], encoder_grad, 1e-4)
+        close(torch.cat([torch.as_tensor(r[k][2]) for r in results]), weight_grad, 1e-4)

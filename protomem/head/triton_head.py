@@ -24,12 +24,14 @@ own tile of BN classes, so none overflows and what underflows is e^-87 of its ti
 the maxima cost one reduction in registers, B C / BN numbers, and the [B] all-reduce that `blocked` has as well.
 
 A chunk at B = 1024, D = 512, K = 8192 (the default there: 2 K (B + D) bytes = 24 MiB), bf16 operands:
-    FLOPs   2 B K D = 8.6 G for each of the three products; four instead where e is computed again
-    bytes   from HBM: w 16.8 MB in the forward, w and d w 33.6 MB in the backward, e 16.8 MB out and in if it is kept;
-            within L2: v 8.4 MB, e 16.8 MB written once and read D / BD = 4 times, G 16.8 MB written and read
-Every GPU launches 3 kernels a chunk forward and 2 backward (4 without e; 3 forward with fp32 operands and constant unit rows):
-at 10 microseconds each that is close to the kernels' own time at the shape above, so measure other `block`s first.
-benchmarks/kernels.py does, and checks the gradients on the way.
+    FLOPs   2 B K D = 8.6 G for each of the three products; a fourth where e is computed again
+    bytes   of HBM: w 16.8 MB read in the forward; in the backward w 16.8 MB read and d w 16.8 MB written (and read, by a second
+            loss term); e 16.8 MB written and 16.8 MB read if it is kept, else w once more;
+            of L2, besides: v 8.4 MB; e written once and read D / BD = 4 times; partial sums of d x 2.1 MB times their number
+            (4 on 132 processors) and G 16.8 MB, both written and read
+Four kernels are launched for a chunk forward and two backward, four where e is computed again. At 10 microseconds a launch
+that is not far from the time of the products themselves at this shape: `block` is the first thing to measure.
+benchmarks/kernels.py checks the gradients on a GPU and then measures.
 
 Legend: B global batch, C prototype rows of this rank, K rows of a chunk, D feature size, T tiles of BN rows in a chunk.
 """
@@ -188,7 +190,8 @@ class _Chunks:
         start, stop, t = self.span(start)
         tiles, columns, k = self.tiles, self.columns, stop - start
         out, add = columns.sink.buffer[start:stop], not columns.sink.fresh
-        args = (exps, self.x, inverse[start:stop], tops, level, weight, out if room is None else room, self.b, k, self.d, self.k)
+        first = out if room is None else room
+        args = (exps, self.x, inverse[start:stop], tops, level, weight, first, self.b, k, self.d, self.k)
         more = dict(ADD=add and room is None, BM=tiles.k, BN=tiles.n, BD=tiles.d, **self.product)
         launch(self.make.row_grads, (t, -(-self.d // tiles.d)), *args, **more)
         if room is not None:
@@ -202,7 +205,7 @@ class _Head(torch.autograd.Function):
     def forward(ctx, x, own, live, columns: Columns, scale, negatives, operands, block, store, wants, threshold):
         wants_dx, wants_dw = wants
         filter_above = None if negatives is None else negatives.filter_above
-        chunks = _Chunks(x, columns, scale, filter_above, operands.half, block)
+        chunks = _Chunks(x, columns, float(scale), filter_above, operands.half, block)
         b, c = chunks.b, chunks.c
         mixer = Mixer(columns, operands, x, 0) if columns.injection is not None and c else None  # for the targets alone
         plain, mine = own_prototypes(x, own, columns, mixer)
