@@ -327,7 +327,8 @@ def triton_head(
 
     precision: `fp32` (exact, no TF32), or `bf16` for bf16 operands and exponentials with fp32 sums, target path and softmax
     statistics. block: rows per chunk, rounded up to whole tiles (0: `chunk_rows`). store_mb: MiB of exponentials kept for
-    the backward (our default: 16). Raises UserError without a GPU, without Triton, and for negatives without a kernel.
+    the backward (our default: 16, as for `blocked`; all of them are 2 B C bytes with bf16, 2 GB at B = 1024, C = 1 M, and at
+    this B and D the default keeps none). Raises UserError without a GPU, without Triton, and for negatives without a kernel.
     """
     check(x.device)
     if negatives is not None and negatives.filter_above is None:
