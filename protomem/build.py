@@ -17,7 +17,7 @@ from protomem.encoder import build_encoder
 from protomem.encoder.ema import EmaEncoder
 from protomem.encoder.weights import load_weights
 from protomem.errors import UserError
-from protomem.head import HEADS
+from protomem.head import HEADS, triton_head
 from protomem.objective.contrast import Contrast
 from protomem.objective.criterion import Criterion, UnifiedCriterion
 from protomem.objective.margins import Margin, build_margin
@@ -214,4 +214,6 @@ def head_from(config: DictConfig):
         if h.precision != "fp32":
             raise UserError("head.precision=bf16 has no effect on head.backend=dense; use head.backend=blocked")
         return HEADS["dense"]
+    if h.backend == "triton":
+        triton_head.check(None if config.distributed.device == "auto" else config.distributed.device)
     return functools.partial(HEADS[h.backend], precision=h.precision, block=h.block, store_mb=h.store_mb)

@@ -135,7 +135,7 @@ def one_step(memory, labels, x, backend="blocked", step=0, margin=None):
     return stats, x.grad
 
 
-@pytest.mark.parametrize("backend", list(HEADS))
+@pytest.mark.parametrize("backend", ["dense", "blocked"])
 @pytest.mark.parametrize("labels", [[3, 3], [3, 5, 3, 5]])
 def test_first_step_of_a_large_memory(backend, labels):
     """One or two slots of 1000 are filled: most ranks have nothing at all, and with one identity nobody has a negative."""
@@ -152,7 +152,7 @@ def test_first_step_of_a_large_memory(backend, labels):
     assert (alone[0] > 0) == (len(set(labels)) > 1)
 
 
-@pytest.mark.parametrize("backend", list(HEADS))
+@pytest.mark.parametrize("backend", ["dense", "blocked"])
 def test_one_image_is_its_own_prototype(backend):
     memory = PrototypeMemory(10, D, size=8).double()
     stats, grad = one_step(memory, [3, 1, 8], embeddings()[:3], backend)

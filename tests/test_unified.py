@@ -108,7 +108,7 @@ def test_every_kind_of_columns(head, above):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("head", list(HEADS))
+@pytest.mark.parametrize("head", ["dense", "blocked"])
 def test_float32_is_exact_far_from_the_threshold(head):
     """A softplus of -76 (e^-76 = 1e-33), of 140, and a row that holds nothing: finite, and right to float32."""
     x = torch.tensor([[1.0, 0.0]]).requires_grad_()

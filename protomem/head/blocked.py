@@ -21,6 +21,7 @@ from protomem import distributed
 from protomem.head.contract import Columns, Negatives, combine_lse, inverse_norm
 from protomem.head.mixer import Mixer, restoring
 from protomem.head.operands import Operands
+from protomem.head.targets import add_to_targets, own_gradients, own_prototypes
 
 HIDDEN = -1e30  # a logit that is not there: finite, so that 0 * HIDDEN is 0
 
@@ -76,14 +77,8 @@ class _Head(torch.autograd.Function):
     @restoring
     def forward(ctx, x, own, live, columns: Columns, scale, negatives, operands, block, store, keep, threshold):
         rows, (b, c) = columns.rows, (len(x), len(columns.rows))
-        owned = (columns.target >= 0)[:, None]
-        mine = rows[columns.target.clamp_min(0)].to(x.dtype) * owned if c else torch.zeros_like(x)  # [B, D]
-        if not columns.unit:
-            mine = mine * inverse_norm(mine)[:, None]
         mixer = ctx.mixer = Mixer(columns, operands, x, block) if columns.injection is not None and c else None
-        plain, mine = mine, mine if mixer is None else mixer.mix_targets(mine)
-        if own is not None:
-            mine = torch.where(columns.uses_own[:, None], own * owned, mine)
+        plain, mine = own_prototypes(x, own, columns, mixer)
         cos_y = distributed.all_reduce((x * mine).sum(1), "sum")
         inverse = torch.ones(c, dtype=x.dtype, device=x.device)
         kept_blocks = min(-(-c // block), store // max(1, b * block * x.element_size())) if keep else 0
@@ -195,21 +190,14 @@ class _Head(torch.autograd.Function):
                     grad.addcmul_(w, along[:, None])
                 if mixer is not None:
                     mixer.carry(grad, along, before)
-        d_own, d_live, g_row = None, None, g_cos  # g_row: what reaches the target rows
-        if ctx.has_own:
-            d_own = x * (g_cos * ((columns.target >= 0) & columns.uses_own))[:, None]
-            g_row = g_cos * ~columns.uses_own
+        d_live = None
+        d_own, g_row = own_gradients(x, g_cos, columns, ctx.has_own)
         if place is not None:
             seen_live += ((columns.target[:, None] == place) & (place >= 0)) * g_row[:, None]
             d_live = seen_live.t() @ x
         if sink is not None:
             if c:
-                tangent = x if columns.unit else x - cos_y[:, None] * mine
-                if mixer is not None:
-                    tangent = mixer.carry_targets(x, cos_y, mine, plain)
-                row = columns.target.clamp_min(0)
-                share = (columns.target >= 0).to(x.dtype) * inverse[row]
-                sink.buffer.index_add_(0, row, (tangent * g_row[:, None] * share[:, None]).to(sink.buffer.dtype))
+                add_to_targets(x, g_row, cos_y, mine, plain, inverse, columns, mixer)
             sink.fresh = False
         for buffer in (scratch, ctx.kept):
             if buffer is not None:

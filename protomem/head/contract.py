@@ -9,7 +9,7 @@ clamp on a probability, and every target-only margin is a function of [B] number
 With a `threshold` b [1] a head returns sum_neg [B] = sum over the negatives of softplus(z_j - b) in place of lse_neg, for a
 loss that sets every logit against one threshold (UniFace). The gradient of b is whole on every rank.
 
-Back ends (`dense`, `blocked`) share this file; `HEADS` in protomem/head/__init__.py names them.
+Back ends (`dense`, `blocked`, `triton`) share this file; `HEADS` in protomem/head/__init__.py names them.
 Legend: B global batch, C prototype rows of this rank (may be 0), D feature size.
 """
 
@@ -134,10 +134,12 @@ class Negatives:
     """A margin's effect on negatives: z_j = s * value(cos_j, cos_y), with slope = d value / d cos_j.
 
     Both take cos [B, K] and cos_y [B, 1] and return [B, K]; no gradient ever flows through cos_y here.
+    filter_above: set where value is 0 and slope 0 above this cosine and there is no other effect, for heads with kernels.
     """
 
     value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     slope: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    filter_above: float | None = None
 
 
 def inverse_norm(rows: torch.Tensor) -> torch.Tensor:

@@ -73,6 +73,7 @@ def interclass_filter(threshold: float) -> Negatives:
     return Negatives(
         value=lambda cos, cos_y: torch.where(cos > threshold, torch.zeros_like(cos), cos),
         slope=lambda cos, cos_y: (cos <= threshold).to(cos.dtype),
+        filter_above=threshold,
     )
 
 

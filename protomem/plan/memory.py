@@ -102,7 +102,7 @@ def _prototypes(case: Case) -> dict[str, float]:
 
 
 def _head_buffers(case: Case) -> dict[str, float]:
-    if case.config.head.backend != "blocked":
+    if case.config.head.backend == "dense":
         return {}
     one = 4 * case.views * case.batch * case.block
     terms = 2 if case.config.prototypes.empirical.enabled else 1

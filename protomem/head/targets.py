@@ -1,0 +1,53 @@
+"""The batch's own rows: their cosines and their gradients, in the sums' precision. [B, D] work that the back ends share."""
+
+from __future__ import annotations
+
+import torch
+
+from protomem.head.contract import Columns, inverse_norm
+from protomem.head.mixer import Mixer
+
+
+def own_prototypes(
+    x: torch.Tensor, own: torch.Tensor | None, columns: Columns, mixer: Mixer | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the target rows [B, D] unit and without features, what cos_y is taken with [B, D]); zero where another rank has them."""
+    owned = (columns.target >= 0)[:, None]
+    mine = torch.zeros_like(x)
+    if len(columns.rows):
+        mine = columns.rows[columns.target.clamp_min(0)].to(x.dtype) * owned
+    if not columns.unit:
+        mine = mine * inverse_norm(mine)[:, None]
+    plain, mine = mine, mine if mixer is None else mixer.mix_targets(mine)
+    if own is not None:
+        mine = torch.where(columns.uses_own[:, None], own * owned, mine)
+    return plain, mine
+
+
+def own_gradients(
+    x: torch.Tensor, g_cos: torch.Tensor, columns: Columns, has_own: bool
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(d loss / d own [B, D] or None, what of g_cos [B] reaches the target rows)."""
+    if not has_own:
+        return None, g_cos
+    return x * (g_cos * ((columns.target >= 0) & columns.uses_own))[:, None], g_cos * ~columns.uses_own
+
+
+def add_to_targets(
+    x: torch.Tensor,
+    g_row: torch.Tensor,
+    cos_y: torch.Tensor,
+    mine: torch.Tensor,
+    plain: torch.Tensor,
+    inverse: torch.Tensor,
+    columns: Columns,
+    mixer: Mixer | None,
+) -> None:
+    """Add what reaches the target rows through cos_y to the sink. inverse [C]: 1 / |row as the head sees it|."""
+    tangent = x if columns.unit else x - cos_y[:, None] * mine
+    if mixer is not None:
+        tangent = mixer.carry_targets(x, cos_y, mine, plain)
+    row = columns.target.clamp_min(0)
+    share = (columns.target >= 0).to(x.dtype) * inverse[row]
+    buffer = columns.sink.buffer
+    buffer.index_add_(0, row, (tangent * g_row[:, None] * share[:, None]).to(buffer.dtype))

@@ -1,0 +1,346 @@
+"""The triton head: the blocked head's mathematics with fused kernels, for NVIDIA GPUs. Not yet measured on a GPU.
+
+The classes are cut into chunks of K rows, so small that what a chunk's products hand to each other stays in the GPU's L2
+cache. Forward, for each chunk:
+
+    operands   rows w [K, D] fp32 ─► 1 / |w| [K], and with bf16 operands v [K, D] bf16, with features mixed in (VPL)
+    logits     x v^T, tile by tile [BM, BN] in registers: times 1 / |v_j| and s; target, empty rows and padding hidden;
+               filter; exp ─► each row's maximum and sum in the tile [T, B], optional nearest row,
+               e [B, K] = exp(z - the tile's maximum), bf16 with bf16 operands
+    merge      the tiles' statistics ─► running maximum and sum of each row [B]
+    add_dx     d x [B, D] = d x exp(old - new maximum) + (e exp(tile's - new maximum) / |v_j|) v        if x has a gradient
+
+so that d x / (d loss / d lse) is complete, up to a factor per row, when the forward ends: e of a chunk is needed again for
+the prototypes' gradient only. It is kept for as many chunks as fit in store_mb; the backward computes the others again.
+Constant rows (a memory without prototype gradients) keep nothing and have no product left in the backward.
+Backward, for each chunk, if the rows have a gradient:
+
+    (operands and logits again, where e was not kept)
+    row_grads  G [K, D] = (e exp(tile's maximum - lse) g_i)^T x / |v_j|     unit rows: straight into the shard's gradient
+    finish     d w = G - (G · v) v / |v|^2, and the features' mixing back ─► the shard's gradient, written or added to
+
+Logits are never stored, and the softmax is exact whatever the scale: exponentials are taken relative to the maximum of their
+own tile of BN classes, so none overflows and what underflows is e^-87 of its tile's largest. No constant shift is needed:
+the maxima cost one reduction in registers, B C / BN numbers, and the [B] all-reduce that `blocked` has as well.
+
+A chunk at B = 1024, D = 512, K = 8192 (the default there: 2 K (B + D) bytes = 24 MiB), bf16 operands:
+    FLOPs   2 B K D = 8.6 G for each of the three products; a fourth where e is computed again
+    bytes   of HBM: w 16.8 MB read in the forward; in the backward w 16.8 MB read and d w 16.8 MB written (and read, by a second
+            loss term); e 16.8 MB written and 16.8 MB read if it is kept, else w once more;
+            of L2, besides: v 8.4 MB; e written once and read D / BD = 4 times; partial sums of d x 2.1 MB times their number
+            (4 on 132 processors) and G 16.8 MB, both written and read
+Four kernels are launched for a chunk forward and two backward, four where e is computed again. At 10 microseconds a launch
+that is not far from the time of the products themselves at this shape: `block` is the first thing to measure.
+benchmarks/kernels.py checks the gradients on a GPU and then measures.
+
+Legend: B global batch, C prototype rows of this rank, K rows of a chunk, D feature size, T tiles of BN rows in a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from protomem import distributed
+from protomem.errors import UserError
+from protomem.head import kernels
+from protomem.head.contract import Columns, Negatives, combine_lse
+from protomem.head.mixer import Mixer
+from protomem.head.operands import Operands
+from protomem.head.targets import add_to_targets, own_gradients, own_prototypes
+
+HIDDEN = -1e30  # a logit that is not there
+L2_BYTES = 24 * 2**20  # of exponentials and operands in a chunk, both bf16 (our default: half of an H100's cache)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """m, n, d: a program's part of the batch, the rows, the features; k: of the summed dimension that is loaded at a time."""
+
+    m: int
+    n: int
+    d: int
+    k: int
+    warps: int
+    stages: int
+
+
+# Chosen to fit the shared memory of compute capability 8.0 (163 KiB) without spilling registers, not by measurement.
+TILES = {"bf16": Tiles(128, 128, 128, 64, 8, 3), "fp32": Tiles(64, 64, 64, 32, 8, 2)}
+INTERPRETED = Tiles(16, 16, 16, 16, 1, 1)
+
+
+def check(device: torch.device | str | None = None) -> None:
+    """Raise UserError where the kernels cannot run. device: where the embeddings will be; None: a GPU if there is one."""
+    kernels.load()
+    if kernels.interpreted():
+        return
+    if device is not None and torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        raise UserError("head.backend=triton needs an NVIDIA GPU; use head.backend=blocked")
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
+    """Every kernel starts here. The last positional arguments of a kernel are its constants."""
+    kernel[grid](*args, **constants)
+
+
+def chunk_rows(batch: int, size: int, tile: int) -> int:
+    """Rows of a chunk, see above; at least eight tiles."""
+    return max(8 * tile, L2_BYTES // 2 // (batch + size) // tile * tile)
+
+
+class _Chunks:
+    """What the passes of one call share: the cut into chunks, and a chunk's kernels."""
+
+    def __init__(self, x: torch.Tensor, columns: Columns, scale: float, filter_above: float | None, half: bool, block: int):
+        self.rows, self.make = kernels.load()
+        self.columns, self.scale, self.filter_above, self.half = columns, scale, filter_above, half
+        self.emulated = kernels.interpreted()
+        self.tiles = INTERPRETED if self.emulated else TILES["bf16" if half else "fp32"]
+        (self.b, self.d), self.c = x.shape, len(columns.rows)
+        n = self.tiles.n
+        self.k = min(-(-(block or chunk_rows(self.b, self.d, n)) // n) * n, -(-self.c // n) * n)
+        self.t = self.k // n
+        self.starts = range(0, self.c, self.k) if self.c else ()
+        self.dtype = torch.bfloat16 if half else torch.float32
+        self.x = x.detach().to(self.dtype).contiguous()
+        self.width = 1 << (self.d - 1).bit_length()
+        self.target = columns.target.contiguous()
+        self.valid = None if columns.valid is None else columns.valid.contiguous().view(torch.uint8)
+        mixed = columns.injection is not None
+        self.copied = mixed or columns.rows.dtype != self.dtype
+        self.operand = x.new_empty(self.k, self.d, dtype=self.dtype) if self.copied else None
+        self.options = dict(num_warps=self.tiles.warps, num_stages=self.tiles.stages)
+        self.product = dict(HALF=half, EMULATE=self.emulated, **self.options)
+
+    def bytes_kept(self) -> int:
+        """Of one chunk's exponentials and maxima."""
+        return self.b * (self.k * self.dtype.itemsize + 4 * self.t)
+
+    def exps(self, chunks: int) -> torch.Tensor:
+        return self.x.new_empty(chunks, self.b, self.k)
+
+    def per_tile(self, *chunks: int, dtype=torch.float32) -> torch.Tensor:
+        return self.x.new_empty(*chunks, self.t, self.b, dtype=dtype)
+
+    def span(self, start: int) -> tuple[int, int, int]:
+        """(first row, end, tiles) of the chunk that starts there."""
+        stop = min(start + self.k, self.c)
+        return start, stop, -(-(stop - start) // self.tiles.n)
+
+    def _mixing(self, start: int, stop: int):
+        """(features, place, shares) of rows start:stop for the kernels, None without injection."""
+        i = self.columns.injection
+        if i is None:
+            return None, None, None
+        share = i.weight[start:stop]
+        return (i.features, i.row[start:stop], share) if i.row is not None else (i.features[start:stop], None, share)
+
+    def _by_row(self, rows: int) -> tuple[tuple[int], dict]:
+        """(grid, constants) of kernels that take whole rows [rows, D]."""
+        each = max(1, 4096 // self.width) if not self.emulated else 8
+        return (-(-rows // each),), dict(R=each, WIDTH=self.width, UNIT=self.columns.unit)
+
+    def operands(self, start: int, inverse: torch.Tensor) -> torch.Tensor:
+        """v [K, D] of the chunk; writes its part of inverse [C]."""
+        start, stop, _ = self.span(start)
+        rows = self.columns.rows[start:stop]
+        if self.copied or not self.columns.unit:
+            grid, constants = self._by_row(stop - start)
+            args = (rows, *self._mixing(start, stop), self.operand, inverse[start:stop], stop - start, self.d)
+            launch(self.rows.operands, grid, *args, HALF=self.half, EMULATE=self.emulated, **constants)
+        return self.operand if self.copied else rows
+
+    def logits(self, start, v, inverse, threshold, exps, top, total, share=None, best=None, best_at=None) -> None:
+        """The statistics [T, B] of the chunk, and exps [B, K]; see the kernel."""
+        start, stop, t = self.span(start)
+        tiles = self.tiles
+        valid = None if self.valid is None else self.valid[start:stop]
+        tensors = (self.x, v, inverse[start:stop], self.target, valid, threshold, exps, top, total, share, best, best_at)
+        numbers = (self.scale, self.filter_above, start, self.b, stop - start, self.d, self.k)
+        grid = (-(-self.b // tiles.m), t)
+        launch(self.make.logits, grid, *tensors, *numbers, BM=tiles.m, BN=tiles.n, BK=tiles.k, **self.product)
+
+    def merge(self, start: int, tops, sums, shares, bests, ats, top, total, share, rescale, best, best_at) -> None:
+        start, _, t = self.span(start)
+        args = (tops, sums, shares, bests, ats, top, total, share, rescale, best, best_at, start, self.b, t)
+        width = 1 << (t - 1).bit_length()
+        each = max(1, min(64, 4096 // width)) if not self.emulated else 16
+        launch(self.rows.merge, (-(-self.b // each),), *args, R=each, WIDTH=width)
+
+    def splits(self) -> int:
+        """Parts of a chunk that are summed into d x side by side, for as many programs as the GPU has processors."""
+        if self.emulated:
+            return min(2, self.t)
+        programs = -(-self.b // self.tiles.m) * -(-self.d // self.tiles.d)
+        processors = torch.cuda.get_device_properties(self.x.device).multi_processor_count if self.x.is_cuda else 132
+        return max(1, min(processors // programs, self.t))
+
+    def add_dx(self, start, exps, v, inverse, tops, top, rescale, out) -> None:
+        """out [S, B, D]"""
+        start, stop, t = self.span(start)
+        tiles, splits = self.tiles, len(out)
+        args = (exps, v, inverse[start:stop], tops, top, rescale, out, self.b, stop - start, self.d, self.k, t, splits)
+        grid = (-(-self.b // tiles.m), -(-self.d // tiles.d), splits)
+        launch(self.make.add_dx, grid, *args, BM=tiles.m, BN=tiles.n, BK=tiles.k, BD=tiles.d, **self.product)
+
+    def row_grads(self, start, exps, inverse, tops, level, weight, room: torch.Tensor | None) -> None:
+        """The chunk's part of the sink. room [K, D] fp32 is needed unless rows are unit and have no features."""
+        start, stop, t = self.span(start)
+        tiles, columns, k = self.tiles, self.columns, stop - start
+        out, add = columns.sink.buffer[start:stop], not columns.sink.fresh
+        first = out if room is None else room
+        args = (exps, self.x, inverse[start:stop], tops, level, weight, first, self.b, k, self.d, self.k)
+        more = dict(ADD=add and room is None, BM=tiles.k, BN=tiles.n, BD=tiles.d, **self.product)
+        launch(self.make.row_grads, (t, -(-self.d // tiles.d)), *args, **more)
+        if room is not None:
+            grid, constants = self._by_row(k)
+            args = (room, columns.rows[start:stop], *self._mixing(start, stop), inverse[start:stop], out, k, self.d)
+            launch(self.rows.finish, grid, *args, ADD=add, **constants)
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, own, live, columns: Columns, scale, negatives, operands, block, store, wants, threshold):
+        wants_dx, wants_dw = wants
+        filter_above = None if negatives is None else negatives.filter_above
+        chunks = _Chunks(x, columns, float(scale), filter_above, operands.half, block)
+        b, c = chunks.b, chunks.c
+        mixer = Mixer(columns, operands, x, 0) if columns.injection is not None and c else None  # for the targets alone
+        plain, mine = own_prototypes(x, own, columns, mixer)
+        cos_y = distributed.all_reduce((x * mine).sum(1), "sum")
+        inverse = x.new_ones(c)
+        kept_count = min(len(chunks.starts), store // max(1, chunks.bytes_kept())) if wants_dw else 0
+        kept, kept_top = chunks.exps(kept_count), chunks.per_tile(kept_count)
+        softmax, nearest = threshold is None, columns.nearest
+        # Of the tiles of one chunk, then of the rows so far.
+        tile_top, tile_sum = chunks.per_tile() if softmax else None, chunks.per_tile()
+        tile_share = None if softmax else chunks.per_tile()
+        tile_best, tile_at = (chunks.per_tile(), chunks.per_tile(dtype=torch.int32)) if nearest is not None else (None, None)
+        top, total, rescale = x.new_full((b,), HIDDEN), x.new_zeros(b), x.new_ones(b)
+        share, best, best_at = x.new_zeros(b), x.new_full((b,), HIDDEN), torch.zeros_like(columns.target)
+        dx = x.new_zeros(chunks.splits(), b, chunks.d) if wants_dx and c else None
+        scratch = chunks.exps(1)[0] if dx is not None and kept_count < len(chunks.starts) else None
+        for k, start in enumerate(chunks.starts):
+            stays = k < kept_count
+            exps, tops = (kept[k] if stays else scratch), (kept_top[k] if stays and softmax else tile_top)
+            v = chunks.operands(start, inverse)
+            chunks.logits(start, v, inverse, threshold, exps, tops, tile_sum, tile_share, tile_best, tile_at)
+            args = (tops, tile_sum, tile_share, tile_best, tile_at, top, total, share, rescale, best, best_at)
+            chunks.merge(start, *args)
+            if dx is not None:
+                chunks.add_dx(start, exps, v, inverse, tops, top, rescale, dx)
+        if nearest is not None:
+            nearest.cos = torch.where(best > HIDDEN / 2, best / scale, float("-inf"))
+            nearest.row = best_at
+        if softmax:
+            none = top <= HIDDEN / 2
+            out = level = combine_lse(top.masked_fill(none, float("-inf")), total.masked_fill(none, 0))
+        else:
+            out, share = distributed.all_reduce(torch.stack([total, share]), "sum").unbind()
+            out, level, top = out.clone(), threshold, torch.zeros_like(top)
+        chunks.operand = None  # the backward, if it needs one, makes its own: nothing of a chunk waits for it
+        ctx.columns, ctx.chunks, ctx.negatives, ctx.operands = columns, chunks, negatives, operands
+        ctx.kept, ctx.kept_top, ctx.unified, ctx.has_own = kept, kept_top, not softmax, own is not None
+        ctx.has_live, ctx.wants_dw = live is not None, wants_dw
+        ctx.save_for_backward(x, mine, cos_y, level, inverse, plain, top, share, None if dx is None else dx.sum(0))
+        return cos_y, out
+
+    @staticmethod
+    def backward(ctx, g_cos, g_out):
+        x, mine, cos_y, level, inverse, plain, top, share, dx_sum = ctx.saved_tensors
+        columns, chunks, scale = ctx.columns, ctx.chunks, ctx.chunks.scale
+        threshold = level if ctx.unified else None
+        # Without a negative anywhere lse is -inf and every exponential 0.
+        level = torch.zeros_like(top) if ctx.unified else torch.where(level.isinf(), torch.zeros_like(level), level)
+        weight = g_out * scale
+        dx = mine * g_cos[:, None]
+        if dx_sum is not None:
+            dx += dx_sum * (weight * (top - level).exp())[:, None]
+        d_own, g_row = own_gradients(x, g_cos, columns, ctx.has_own)
+        d_live = _live_gradient(ctx, x, cos_y, level, threshold, weight, g_row) if ctx.has_live else None
+        if ctx.wants_dw:
+            if chunks.c:
+                _fill_sink(ctx, inverse, level, threshold, weight)
+                mixer = Mixer(columns, ctx.operands, x, 0) if columns.injection is not None else None
+                add_to_targets(x, g_row, cos_y, mine, plain, inverse, columns, mixer)
+            columns.sink.fresh = False
+        ctx.kept = ctx.kept_top = None
+        d_threshold = -(g_out * share).sum()[None] if ctx.unified else None
+        return dx, d_own, d_live, None, None, None, None, None, None, None, d_threshold
+
+
+def _fill_sink(ctx, inverse, level, threshold, weight) -> None:
+    """All negatives' gradients into the shard's buffer, chunk by chunk."""
+    columns, chunks, softmax = ctx.columns, ctx.chunks, threshold is None
+    kept_count, x = len(ctx.kept), chunks.x
+    room = x.new_empty(chunks.k, chunks.d, dtype=torch.float32) if not columns.unit or columns.injection is not None else None
+    again = kept_count < len(chunks.starts)
+    if again:
+        scratch, tile_top = chunks.exps(1)[0], chunks.per_tile() if softmax else None
+        tile_sum, tile_share = chunks.per_tile(), None if softmax else chunks.per_tile()
+        chunks.operand = x.new_empty(chunks.k, chunks.d) if chunks.copied else None
+    for k, start in enumerate(chunks.starts):
+        if k < kept_count:
+            exps, tops = ctx.kept[k], ctx.kept_top[k] if softmax else None
+        else:
+            exps, tops = scratch, tile_top
+            chunks.logits(start, chunks.operands(start, inverse), inverse, threshold, exps, tops, tile_sum, tile_share)
+        chunks.row_grads(start, exps, inverse, tops, level, weight, room)
+    chunks.operand = None
+
+
+def _live_gradient(ctx, x, cos_y, level, threshold, weight, g_row) -> torch.Tensor:
+    """d loss / d live rows [L, D]: B x L logits, in plain torch (L is at most the batch)."""
+    columns, operands, scale = ctx.columns, ctx.operands, ctx.chunks.scale
+    place, target = columns.live.place, columns.target[:, None]
+    row = place.clamp_min(0)
+    p = x.new_zeros(len(x), len(place))
+    if ctx.chunks.c:
+        cos = operands.matmul(operands.prepare(x), operands.prepare(columns.rows[row]).t(), out=x.new_empty(len(x), len(place)))
+        hidden = (target == place) | (place < 0)
+        if columns.valid is not None:
+            hidden |= ~columns.valid[row]
+        value, slope = cos, 1
+        if ctx.negatives is not None:
+            value, slope = ctx.negatives.value(cos, cos_y[:, None]), ctx.negatives.slope(cos, cos_y[:, None])
+        z = (scale * value).masked_fill(hidden, HIDDEN)
+        p = (z - level[:, None]).exp() if threshold is None else (z - threshold).sigmoid()
+        p = p * slope * weight[:, None]
+    p = p + ((target == place) & (place >= 0)) * g_row[:, None]
+    return p.t() @ x
+
+
+def triton_head(
+    x: torch.Tensor,
+    columns: Columns,
+    scale: float,
+    negatives: Negatives | None = None,
+    threshold: torch.Tensor | None = None,
+    *,
+    precision: str = "fp32",
+    block: int = 0,
+    store_mb: float = 16.0,
+):
+    """(cos_y [B], lse_neg or sum_neg [B]) of unit embeddings x [B, D] fp32; see protomem/head/contract.py.
+
+    precision: `fp32` (exact, no TF32), or `bf16` for bf16 operands and exponentials with fp32 sums, target path and softmax
+    statistics. block: rows per chunk, rounded up to whole tiles (0: `chunk_rows`). store_mb: MiB of exponentials kept for
+    the backward (our default: 16, as for `blocked`; all of them are 2 B C bytes with bf16, 2 GB at B = 1024, C = 1 M, and at
+    this B and D the default keeps none). Raises UserError without a GPU, without Triton, and for negatives without a kernel.
+    """
+    check(x.device)
+    if negatives is not None and negatives.filter_above is None:
+        raise UserError("head.backend=triton has no kernel for this margin's effect on negatives; use head.backend=blocked")
+    if x.dtype != torch.float32:
+        raise ValueError(f"the triton head takes float32 embeddings, not {x.dtype}")
+    if not columns.rows.is_contiguous():
+        raise ValueError("the triton head takes contiguous rows")
+    live = columns.live.rows if columns.live is not None else None
+    graphs = any(t is not None and t.requires_grad for t in (x, columns.own, live, threshold))
+    keep = torch.is_grad_enabled() and (graphs or columns.sink is not None)
+    wants = keep and x.requires_grad, keep and columns.sink is not None
+    operands = Operands(precision, x.dtype)
+    store = int(store_mb * 2**20)
+    return _Head.apply(x, columns.own, live, columns, scale, negatives, operands, block, store, wants, threshold)

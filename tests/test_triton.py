@@ -1,0 +1,175 @@
+"""The triton head without a GPU: its numbers by Triton's interpreter, its kernels compiled ahead of time, its errors."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from protomem import build, config
+from protomem.errors import UserError
+from protomem.head import HEADS, Columns, GradSink, Injection, Live, Nearest, Negatives, objective, triton_head
+from protomem.objective.margins import interclass_filter
+from tests.test_no_sync import no_waiting
+
+ROOT = Path(__file__).resolve().parent.parent
+
+try:
+    import triton
+    import triton.backends.compiler
+except ImportError:
+    triton = None
+needs_triton = pytest.mark.skipif(triton is None, reason="triton is not installed: python -m pip install triton==3.7.1")
+
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use, by compute capability x 10
+
+
+@needs_triton
+def test_numbers_by_the_interpreter():
+    """tests/triton_interpreted.py: the dense head's loss and gradients, on one rank and on two."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/triton_interpreted.py"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+
+
+# --- compiling ---------------------------------------------------------------------------------------------------------
+
+
+def tensors(batch: int, classes: int, size: int, **more) -> tuple[torch.Tensor, Columns]:
+    x = F.normalize(torch.ones(batch, size)).requires_grad_()
+    rows, sink = torch.ones(classes, size), GradSink()
+    sink.begin(rows)
+    return x, Columns(rows, torch.zeros(batch, dtype=torch.long), sink, **more)
+
+
+def everything(batch, classes, size):
+    row, weight = torch.zeros(classes, dtype=torch.long), torch.full((classes,), 0.5)
+    injection = Injection(torch.ones(9, size), row, weight)
+    return tensors(batch, classes, size, valid=torch.ones(classes, dtype=torch.bool), nearest=Nearest(), injection=injection)
+
+
+def calls() -> list[tuple]:
+    """(arguments of the head, options, loss terms): between them every tile shape, every optional part on and off, shapes
+    that divide well and that do not."""
+    found = []
+    for precision in ("fp32", "bf16"):
+        options = dict(precision=precision, store_mb=0)
+        found += [
+            ((*tensors(64, 4000, 512), 64.0), options, 1),
+            ((*everything(64, 4000, 512), 64.0, interclass_filter(0.3)), options, 2),
+            ((*tensors(64, 4000, 512, unit=True), 64.0, None, torch.ones(1)), options, 1),
+        ]
+    found.append(((*everything(7, 1500, 33), 64.0), options, 1))
+    found.append(((*tensors(1, 1, 1), 64.0), options, 1))  # Triton makes a constant of every 1
+    found.append(((*tensors(64, 4000, 512, unit=True), 64.0), options, 2))
+    return found
+
+
+def recorded(monkeypatch) -> dict:
+    """Every launch of these calls, once: {what it is compiled for: (kernel, signature, constants, attributes, options)}."""
+    launches = {}
+
+    def note(kernel, grid, *args, **constants):
+        options = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}
+        signature, attributes = {}, {}
+        for k, (name, value) in enumerate(zip(kernel.arg_names, args)):
+            if value is None:
+                signature[name], constants[name] = "constexpr", None
+            elif isinstance(value, torch.Tensor):
+                signature[name] = "*" + TYPES[value.dtype]
+                attributes[k,] = [["tt.divisibility", 16]] if value.data_ptr() % 16 == 0 else []
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            elif value == 1 and name != "start":
+                signature[name], constants[name] = "constexpr", 1
+            else:
+                signature[name] = "i32"
+                attributes[k,] = [["tt.divisibility", 16]] if value % 16 == 0 and name != "start" else []
+        assert all(0 < size for size in grid) and len(args) + len(constants) >= len(kernel.arg_names)
+        signature |= {name: "constexpr" for name in constants}
+        attributes = {k: v for k, v in attributes.items() if v}
+        key = (kernel.__name__, *map(str, (signature, constants, attributes, options)))
+        launches[key] = (kernel, signature, constants, attributes, options)
+
+    monkeypatch.setattr(triton_head, "launch", note)
+    monkeypatch.setattr(triton_head, "check", lambda *_: None)
+    for args, options, terms in calls():
+        for _ in range(terms):
+            cos_y, out = HEADS["triton"](*args[:4], **options, **({} if len(args) < 5 else dict(threshold=args[4])))
+            objective(cos_y, out).sum().backward()
+    return launches
+
+
+@needs_triton
+def test_kernels_compile_and_fit_into_shared_memory(monkeypatch):
+    """For all of these GPUs; and fp32 operands stay fp32. About a minute."""
+    launches = recorded(monkeypatch)
+    names = {kernel.__name__ for kernel, *_ in launches.values()}
+    assert names == {"operands", "finish", "merge", "logits", "add_dx", "row_grads"}
+    for key, (kernel, signature, constants, attributes, options) in launches.items():
+        source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+        for capability, most in SHARED_MEMORY.items():
+            target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+            compiled = triton.compile(source, target=target, options=options)
+            assert compiled.metadata.shared <= most, (capability, compiled.metadata.shared, *key)
+            if constants.get("HALF") is False:
+                assert "tf32" not in compiled.asm["ptx"], key
+
+
+# --- errors and waiting ------------------------------------------------------------------------------------------------
+
+
+def configured(*more: str):
+    return config.load([], ["data.train=x", "output=y", "head.backend=triton", *more])
+
+
+def test_without_triton_the_error_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(UserError, match="head.backend=triton needs the package triton.*: python -m pip install 'triton>=3.6'"):
+        build.head_from(configured())
+    assert build.head_from(configured("head.backend=blocked"))  # nothing else asks for it
+
+
+@needs_triton
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_without_a_gpu_the_error_names_the_alternative(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cpu")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match="head.backend=triton needs an NVIDIA GPU; use head.backend=blocked"):
+        build.head_from(configured(f"distributed.device={device}"))
+
+
+def test_what_has_no_kernel_is_refused(monkeypatch):
+    monkeypatch.setattr(triton_head, "check", lambda *_: None)
+    x, columns = tensors(4, 9, 5)
+    with pytest.raises(UserError, match="no kernel for this margin's effect on negatives; use head.backend=blocked"):
+        HEADS["triton"](x, columns, 8.0, Negatives(lambda cos, cos_y: cos, lambda cos, cos_y: cos))
+    with pytest.raises(ValueError, match="float32 embeddings, not torch.float64"):
+        HEADS["triton"](x.double(), columns, 8.0)
+    columns.rows = torch.ones(5, 9).t()
+    with pytest.raises(ValueError, match="contiguous rows"):
+        HEADS["triton"](x, columns, 8.0)
+
+
+def test_precision_and_sizes_belong_to_the_kernels_too():
+    assert configured("head.precision=bf16", "head.block=4096", "head.store_mb=2000").head.block == 4096
+
+
+@needs_triton
+def test_nothing_between_the_launches_waits_for_the_device(monkeypatch):
+    """The kernels do nothing here; what is around them runs under the guard of tests/test_no_sync.py."""
+    monkeypatch.setattr(triton_head, "check", lambda *_: None)
+    monkeypatch.setattr(triton_head, "launch", lambda *_, **__: None)
+    x, live = tensors(6, 40, 8, unit=True)
+    live.live, live.own = Live(torch.ones(3, 8).requires_grad_(), torch.tensor([1, -1, 4])), torch.ones(6, 8).requires_grad_()
+    live.uses_own, live.sink = torch.ones(6, dtype=torch.bool), None
+    others = (*everything(6, 40, 8), interclass_filter(0.2), None), (*tensors(6, 40, 8), None, torch.ones(1))
+    for inputs, columns, negatives, threshold in ((x, live, None, None), *others):
+        with no_waiting():
+            cos_y, out = HEADS["triton"](inputs, columns, 8.0, negatives, threshold, block=16, store_mb=0.001)
+            objective(cos_y, out).sum().backward()
