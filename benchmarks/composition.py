@@ -191,7 +191,7 @@ def text() -> str:
     for title, cases in (("Undefined, and refused", UNDEFINED), ("Without effect, and refused", WITHOUT_EFFECT)):
         lines += ["", f"## {title}", "", "| what | the message |", "|---|---|"]
         lines += [f"| {what} | {refusal(settings) or 'NOT REFUSED'} |" for what, settings in cases.items()]
-    lines += ["", "More rules, of single settings, are in `protomem/composition.py` and `protomem/schema.py`."]
+    lines += ["", "More rules, of single settings, are in `protomem/composition.py` and `protomem/rules.py`."]
     return "\n".join(lines) + "\n"
 
 

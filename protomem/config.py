@@ -1,6 +1,7 @@
 """The configuration: strict merging of YAML files and key=value overrides, errors that name the key.
 
-Imports no torch, so that a misspelled key is reported at once. The schema is protomem/schema.py.
+Imports no torch, so that a misspelled key is reported at once. The schema is protomem/schema.py, its rules are
+protomem/rules.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from protomem.composition import memory_mistakes, method_mistakes
 from protomem.errors import UserError
-from protomem.schema import AT_LEAST, CHOICES, ONLY_WITH, PROBABILITIES, SWITCHES, Config
+from protomem.rules import AT_LEAST, CHOICES, ONLY_WITH, PROBABILITIES, SWITCHES
+from protomem.schema import Config
 
 RUN_KEYS = ("data.train", "output")  # what a run needs and its plan does not
 

@@ -1,11 +1,11 @@
-"""The configuration's schema: every key with its type and default, and what values are allowed.
+"""The configuration's schema: every key with its type and default. What values are allowed: protomem/rules.py.
 
 `configs/default.yaml` explains the keys; a test keeps it equal to the defaults here. Imports no torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Optional
 
 
@@ -272,132 +272,3 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
     distributed: Distributed = field(default_factory=Distributed)
-
-
-ESTIMATORS = ("norm", "recognizability", "external", "magface", "zscore")  # of quality, besides `equal`
-CHOICES = {
-    "data.loader": ("auto", "dali", "torch"),
-    "data.on_corrupt": ("error", "skip"),
-    "data.sampler.name": ("shuffled", "balanced", "mixed", "group"),
-    "data.sampler.pick": ("random", "random_old", "look_alike"),
-    "encoder.last_bn": ("frozen", "learnable"),
-    "encoder.precision": ("fp32", "bf16", "fp16"),
-    "prototypes.source": ("classifier", "sampled", "memory"),
-    "prototypes.memory.policy": ("ring", "lru"),
-    "prototypes.memory.fill": ("empty", "random", "prefill"),
-    "prototypes.memory.gradient": ("none", "batch", "sgd"),
-    "prototypes.memory.self_exclusion": ("none", "loo", "split"),
-    "prototypes.memory.average": ("unit", "raw"),
-    "prototypes.memory.storage": ("fp32", "bf16"),
-    "quality.estimator": ("equal", *ESTIMATORS),
-    "quality.usage": ("soft", "hard", "topk"),
-    "quality.on_empty": ("equal", "skip", "best"),
-    "quality.unrecognizable.source": ("synthetic", "external", "low_norm"),
-    "prototypes.empirical.update": ("before", "after"),
-    "prototypes.empirical.coefficient": ("softsign", "sigmoid"),
-    "margin.name": ("softmax", "cosface", "arcface", "combined", "magface"),
-    "margin.magnitude.kind": ("arcface", "cosface"),
-    "margin.criterion": ("softmax", "unified"),
-    "contrast.coupling": ("one_way", "two_way", "all_views"),
-    "contrast.negatives": ("local", "global"),
-    "contrast.mask": ("zero", "exclude"),
-    "margin.gradient": ("true", "straight_through"),
-    "margin.beyond_pi": ("threshold", "easy", "plain", "raw", "monotone"),
-    "head.backend": ("dense", "blocked", "triton"),
-    "head.precision": ("fp32", "bf16"),
-    "optimizer.name": ("sgd", "adamw", "lamb"),
-    "schedule.decay": ("polynomial", "cosine", "step", "constant"),
-    "log.wandb.mode": ("disabled", "offline", "online"),
-    "distributed.device": ("auto", "cpu", "cuda"),
-}
-AT_LEAST = {
-    "data.size": 16,
-    "data.threads": 1,
-    "data.prefetch": 1,
-    "data.sampler.images_per_identity": 1,
-    "encoder.embedding_size": 1,
-    "head.block": 0,
-    "head.store_mb": 0,
-    "margin.scale": 1e-6,
-    "optimizer.lr": 0,
-    "optimizer.clip": 0,
-    "optimizer.weight_decay": 0,
-    "optimizer.head.lr": 0,
-    "optimizer.head.weight_decay": 0,
-    "prototypes.init_std": 1e-12,
-    "prototypes.memory.size": 1,
-    "prototypes.memory.momentum": 0,
-    "prototypes.memory.key_encoder": 0,
-    "prototypes.memory.check_every": 0,
-    "data.sampler.group_size": 0,
-    "data.sampler.passes": 1,
-    "quality.power": 0,
-    "quality.minimum": 0,
-    "quality.keep": 1,
-    "quality.loss_weight": 0,
-    "quality.unrecognizable.images": 1,
-    "prototypes.injection.weight": 0,
-    "prototypes.injection.steps": 1,
-    "prototypes.injection.passes": 0,
-    "prototypes.injection.start": 0,
-    "prototypes.empirical.k": 0,
-    "prototypes.empirical.start_epoch": 0,
-    "margin.filter_above": 0,
-    "margin.magnitude.lower": 1e-6,
-    "margin.magnitude.lower_margin": 0,
-    "margin.magnitude.weight": 0,
-    "margin.unified.negatives": 1e-12,
-    "contrast.weight": 0,
-    "contrast.scale": 1e-6,
-    "contrast.start_epoch": 0,
-    "schedule.epochs": 0,
-    "schedule.steps": 0,
-    "schedule.warmup_epochs": 0,
-    "schedule.warmup_steps": 0,
-    "train.batch_size": 1,
-    "train.accumulate": 1,
-    "evaluate.every": 0,
-    "evaluate.batch_size": 1,
-    "checkpoint.every": 0,
-    "checkpoint.keep": 1,
-    "log.every": 1,
-    "distributed.timeout_s": 1,
-}
-# A setting without effect is a mistake: these keys may only leave their default where the other key has such a value.
-ONLY_WITH = {
-    "data.sampler.images_per_identity": ("data.sampler.name", ("balanced", "mixed", "group")),
-    "data.sampler.refresh": ("data.sampler.name", ("mixed",)),
-    "data.sampler.pick": ("data.sampler.name", ("mixed",)),
-    "data.sampler.group_size": ("data.sampler.name", ("group",)),
-    "data.sampler.passes": ("data.sampler.name", ("group",)),
-    "prototypes.rate": ("prototypes.source", ("sampled",)),
-    "prototypes.init_std": ("prototypes.source", ("classifier", "sampled")),
-    **{f"prototypes.memory.{f.name}": ("prototypes.source", ("memory",)) for f in fields(Memory)},
-    "quality.estimator": ("prototypes.source", ("memory",)),
-    **{f"quality.{k}": ("quality.estimator", ESTIMATORS) for k in ("usage", "warmup", "loss_weight")},
-    **{f"quality.{k}": ("quality.usage", ("soft",)) for k in ("power", "minimum")},
-    **{f"quality.{k}": ("quality.usage", ("hard",)) for k in ("threshold", "quantile", "on_empty")},
-    "quality.keep": ("quality.usage", ("topk",)),
-    "quality.column": ("quality.estimator", ("external",)),
-    **{f"quality.unrecognizable.{f.name}": ("quality.estimator", ("recognizability",)) for f in fields(Unrecognizable)},
-    **{f"prototypes.empirical.{f.name}": ("prototypes.empirical.enabled", (True,)) for f in fields(Empirical)[1:]},
-    **{f"margin.magnitude.{f.name}": ("margin.name", ("magface",)) for f in fields(Magnitude)},
-    **{f"margin.unified.{f.name}": ("margin.criterion", ("unified",)) for f in fields(Unified)},
-    "margin.beyond_pi": ("margin.name", ("arcface", "combined", "magface")),
-    "margin.gradient": ("margin.name", ("arcface", "combined", "magface")),
-    "head.precision": ("head.backend", ("blocked", "triton")),
-    "head.block": ("head.backend", ("blocked", "triton")),
-    "head.store_mb": ("head.backend", ("blocked", "triton")),
-    "optimizer.momentum": ("optimizer.name", ("sgd",)),
-    "optimizer.nesterov": ("optimizer.name", ("sgd",)),
-    "optimizer.betas": ("optimizer.name", ("adamw", "lamb")),
-    "optimizer.eps": ("optimizer.name", ("adamw", "lamb")),
-    "schedule.power": ("schedule.decay", ("polynomial",)),
-    "schedule.gamma": ("schedule.decay", ("step",)),
-}
-# Sections that are off while this number of theirs is 0.
-SWITCHES = ("prototypes.injection.weight", "contrast.weight")
-PROBABILITIES = (
-    *(f"data.augment.{f.name}" for f in fields(Augment)),
-    *("encoder.dropout", "quality.warmup", "contrast.dropout", "contrast.momentum"),
-)
