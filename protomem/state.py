@@ -1,6 +1,7 @@
 """Checkpoints: written by all ranks with torch.distributed.checkpoint, complete or absent, loadable at any world size.
 
-A checkpoint is a folder `step-00001234` with DCP's files and `training.json` (step, world size, what the data were).
+A checkpoint is a folder `step-00001234` with DCP's files and `training.json` (step, world size, what the data were, and
+checksums of the files).
 It is written under a temporary name and renamed when whole. `last` and `best` are links to one of them.
 
 What is state: encoder, prototype shards or memory, optimizer, loss scale, step, and where a sampler that follows the
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from protomem import distributed
+from protomem import checksums, distributed
 from protomem.errors import UserError
 from protomem.files import replace_file
 
@@ -102,7 +103,8 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, inf
         temporary.mkdir()
 
     def finish():
-        text = json.dumps({**info, "step": step, "world_size": distributed.world_size()}, indent=1)
+        shown = {**info, "step": step, "world_size": distributed.world_size(), "checksums": sums}
+        text = json.dumps(shown, indent=1)
         with open(temporary / "training.json", "w") as file:
             file.write(text)
             file.flush()
@@ -118,7 +120,16 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, inf
             alone = distributed.world_size() == 1
             dcp.save(_wrap(state, rows), storage_writer=dcp.FileSystemWriter(temporary), no_dist=alone)
 
-    for act, everybody in ((prepare, False), (write, True), (finish, False)):
+    sums: dict[str, str] = {}
+
+    def add_up():
+        own = checksums.of_rank(temporary)
+        for part in distributed.gather_objects(own):
+            sums.update(part)
+        if distributed.rank() == 0:
+            sums[".metadata"] = checksums.sha256(temporary / ".metadata")
+
+    for act, everybody in ((prepare, False), (write, True), (add_up, True), (finish, False)):
         problem = None
         if everybody or distributed.rank() == 0:
             try:
@@ -253,11 +264,21 @@ class _Reader(dcp.FileSystemReader):
         return metadata
 
 
+def _read(path: Path, alone: bool) -> tuple[dict, dcp.metadata.Metadata]:
+    """(training.json, DCP's metadata) of a checkpoint."""
+    info = read_info(path)
+    checksums.verify(path, info.get("checksums", {}), [".metadata"], alone)
+    return info, _Reader(path).read_metadata()
+
+
 def _size(entry) -> list[int] | None:
     return list(entry.size) if hasattr(entry, "size") else None  # None: not a tensor, so nothing of ours
 
 
-def _load(state: dict, path: Path, alone: bool) -> None:
+def _load(state: dict, path: Path, info: dict, metadata, alone: bool) -> None:
+    """Fill `state` from a checkpoint, whose files that hold any of it are compared with their checksums first."""
+    needed = {entry.relative_path for key, entry in metadata.storage_data.items() if key.fqn in state}
+    checksums.verify(path, info.get("checksums", {}), needed, alone)
     try:
         with _quiet():
             dcp.load(state, storage_reader=_Reader(path), no_dist=alone)
@@ -276,7 +297,8 @@ def load(
     takes over what it can. Raises UserError if the checkpoint is incomplete or belongs to another model (other shapes,
     other identities, another optimizer).
     """
-    info, saved = read_info(path), _Reader(path).read_metadata().state_dict_metadata
+    info, metadata = _read(path, distributed.world_size() == 1)
+    saved = metadata.state_dict_metadata
     for part, optimizer in optimizers.items():
         for name, parameter in modules[part].named_parameters():
             prefix = f"optimizer.{part}.{name}."
@@ -302,7 +324,7 @@ def load(
         shape = [rows, *value.shape[1:]] if _is_rows(name, value) else list(value.shape)
         if _size(saved[name]) != shape:
             raise UserError(f"checkpoint {path}: {name} is {_size(saved[name])} there, {shape} in this run")
-    _load(_wrap(state, rows), path, distributed.world_size() == 1)
+    _load(_wrap(state, rows), path, info, metadata, distributed.world_size() == 1)
     if hasattr(prototypes, "blank"):
         prototypes.restore(state, info["world_size"])
     return info, {name: state[name] for name in more}
@@ -310,12 +332,13 @@ def load(
 
 def load_encoder(path: Path, encoder: torch.nn.Module) -> dict:
     """Load only the encoder, in this one process (evaluate, embed, export); returns `training.json`."""
-    info, saved = read_info(path), _Reader(path).read_metadata().state_dict_metadata
+    info, metadata = _read(path, True)
+    saved = metadata.state_dict_metadata
     state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
     for name, value in state.items():
         if name not in saved or _size(saved[name]) != list(value.shape):
             raise UserError(f"checkpoint {path} does not hold this encoder: {name} is missing there or of another shape")
-    _load(state, path, True)
+    _load(state, path, info, metadata, True)
     encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in state.items()})
     return info
 

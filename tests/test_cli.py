@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from protomem import checksums
 from protomem.data.pairs import write_bin
 from tests.conftest import coloured_images
 from tests.test_training import settings
@@ -93,5 +94,8 @@ def test_a_checkpoint_with_a_hostile_pickle_is_refused_unexecuted(trained, tmp_p
     copy = tmp_path / "step-00000040"
     shutil.copytree((folder / "run" / "checkpoints" / "last").resolve(), copy)
     (copy / ".metadata").write_bytes(pickle.dumps(Boom()))
+    info = json.loads((copy / "training.json").read_text())  # whoever plants a pickle mends its checksum
+    info["checksums"][".metadata"] = checksums.sha256(copy / ".metadata")
+    (copy / "training.json").write_text(json.dumps(info))
     done = protomem("evaluate", copy, folder / "unseen.bin")
     assert done.returncode == 2 and "refused" in done.stderr and not (tmp_path / "executed").exists()
