@@ -78,7 +78,7 @@ class _Head(torch.autograd.Function):
     def forward(ctx, x, own, live, columns: Columns, scale, negatives, operands, block, store, keep, threshold):
         rows, (b, c) = columns.rows, (len(x), len(columns.rows))
         mixer = ctx.mixer = Mixer(columns, operands, x, block) if columns.injection is not None and c else None
-        plain, mine = own_prototypes(x, own, columns, mixer)
+        plain, mine = own_prototypes(x, own, columns)
         cos_y = distributed.all_reduce((x * mine).sum(1), "sum")
         inverse = torch.ones(c, dtype=x.dtype, device=x.device)
         kept_blocks = min(-(-c // block), store // max(1, b * block * x.element_size())) if keep else 0
@@ -197,7 +197,7 @@ class _Head(torch.autograd.Function):
             d_live = seen_live.t() @ x
         if sink is not None:
             if c:
-                add_to_targets(x, g_row, cos_y, mine, plain, inverse, columns, mixer)
+                add_to_targets(x, g_row, cos_y, mine, plain, inverse, columns)
             sink.fresh = False
         for buffer in (scratch, ctx.kept):
             if buffer is not None:

@@ -10,7 +10,8 @@ injected rows. Of a gradient d v, with c a function of |w|, reaches w, with e = 
 Where asking which rows are injected would wait for the device, and where most are, all rows of a block take this road, in
 scratch memory, those with l = 0 as v = w.
 
-Legend: B global batch, C prototype rows of this rank, K rows of a block, D feature size.
+The batch's own rows are mixed in protomem/head/targets.py. Legend: B global batch, C prototype rows of this rank, K rows of
+a block, D feature size.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Mixer:
         self, columns: Columns, operands: Operands, x: torch.Tensor, block: int, inverse_w: torch.Tensor | None = None
     ):
         i = columns.injection
-        self.rows, self.unit, self.target = columns.rows, columns.unit, columns.target
+        self.rows, self.unit = columns.rows, columns.unit
         self.features, self.place, self.weight = i.features, i.row, i.weight.to(x.dtype)
         self.operands, self.dtype, self.block = operands, x.dtype, block
         self.odds = self.weight / (1 - self.weight)
@@ -109,27 +110,6 @@ class Mixer:
             g.add_(before)
         if not everything:
             grad.index_copy_(0, self.active, g)
-
-    # --- the batch's own rows --------------------------------------------------------------------------------------
-
-    def mix_targets(self, mine: torch.Tensor) -> torch.Tensor:
-        """What the target rows [B, D] (unit; zero where another rank owns them) are with their features."""
-        share, place = self._targets()
-        v = (1 - share) * mine + share * self.features[place].to(self.dtype)
-        return torch.where(share > 0, v * inverse_norm(v)[:, None], mine)
-
-    def carry_targets(self, x: torch.Tensor, cos_y: torch.Tensor, mine: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
-        """d cos_y / d w [B, D] of the target rows, up to the factor 1 / |v|; mine: what `mix_targets` made of plain."""
-        tangent = x - cos_y[:, None] * mine
-        if self.unit:
-            return torch.where(self._targets()[0] > 0, tangent, x)
-        return tangent - (tangent * plain).sum(1, keepdim=True) * plain
-
-    def _targets(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(share [B, 1], row in `features` [B]) of each sample's own row; share 0 where another rank owns it."""
-        row = self.target.clamp_min(0)
-        share = self.weight[row] * (self.target >= 0)
-        return share[:, None], row if self.place is None else self.place[row]
 
 
 def restoring(method):

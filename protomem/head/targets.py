@@ -5,12 +5,17 @@ from __future__ import annotations
 import torch
 
 from protomem.head.contract import Columns, inverse_norm
-from protomem.head.mixer import Mixer
 
 
-def own_prototypes(
-    x: torch.Tensor, own: torch.Tensor | None, columns: Columns, mixer: Mixer | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _features(columns: Columns, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weight [B, 1] of the feature that is mixed into each sample's own row, the feature [B, D]); weight 0 where another
+    rank has the row."""
+    i, row = columns.injection, columns.target.clamp_min(0)
+    weight = (i.weight[row] * (columns.target >= 0)).to(dtype)[:, None]
+    return weight, i.features[row if i.row is None else i.row[row]].to(dtype)
+
+
+def own_prototypes(x: torch.Tensor, own: torch.Tensor | None, columns: Columns) -> tuple[torch.Tensor, torch.Tensor]:
     """(the target rows [B, D] unit and without features, what cos_y is taken with [B, D]); zero where another rank has them."""
     owned = (columns.target >= 0)[:, None]
     mine = torch.zeros_like(x)
@@ -18,7 +23,11 @@ def own_prototypes(
         mine = columns.rows[columns.target.clamp_min(0)].to(x.dtype) * owned
     if not columns.unit:
         mine = mine * inverse_norm(mine)[:, None]
-    plain, mine = mine, mine if mixer is None else mixer.mix_targets(mine)
+    plain = mine
+    if columns.injection is not None and len(columns.rows):
+        weight, feature = _features(columns, x.dtype)
+        v = (1 - weight) * mine + weight * feature
+        mine = torch.where(weight > 0, v * inverse_norm(v)[:, None], mine)
     if own is not None:
         mine = torch.where(columns.uses_own[:, None], own * owned, mine)
     return plain, mine
@@ -41,12 +50,13 @@ def add_to_targets(
     plain: torch.Tensor,
     inverse: torch.Tensor,
     columns: Columns,
-    mixer: Mixer | None,
 ) -> None:
     """Add what reaches the target rows through cos_y to the sink. inverse [C]: 1 / |row as the head sees it|."""
-    tangent = x if columns.unit else x - cos_y[:, None] * mine
-    if mixer is not None:
-        tangent = mixer.carry_targets(x, cos_y, mine, plain)
+    tangent = x - cos_y[:, None] * mine
+    if columns.unit:  # rows that count as they are: d cos_y / d w is x, and with a feature what is tangential of it
+        tangent = x if columns.injection is None else torch.where(_features(columns, x.dtype)[0] > 0, tangent, x)
+    elif columns.injection is not None:
+        tangent = tangent - (tangent * plain).sum(1, keepdim=True) * plain
     row = columns.target.clamp_min(0)
     share = (columns.target >= 0).to(x.dtype) * inverse[row]
     buffer = columns.sink.buffer

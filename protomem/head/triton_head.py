@@ -46,7 +46,6 @@ from protomem import distributed
 from protomem.errors import UserError
 from protomem.head import kernels
 from protomem.head.contract import Columns, Negatives, combine_lse
-from protomem.head.mixer import Mixer
 from protomem.head.operands import Operands
 from protomem.head.targets import add_to_targets, own_gradients, own_prototypes
 
@@ -207,8 +206,7 @@ class _Head(torch.autograd.Function):
         filter_above = None if negatives is None else negatives.filter_above
         chunks = _Chunks(x, columns, float(scale), filter_above, operands.half, block)
         b, c = chunks.b, chunks.c
-        mixer = Mixer(columns, operands, x, 0) if columns.injection is not None and c else None  # for the targets alone
-        plain, mine = own_prototypes(x, own, columns, mixer)
+        plain, mine = own_prototypes(x, own, columns)
         cos_y = distributed.all_reduce((x * mine).sum(1), "sum")
         inverse = x.new_ones(c)
         kept_count = min(len(chunks.starts), store // max(1, chunks.bytes_kept())) if wants_dw else 0
@@ -263,8 +261,7 @@ class _Head(torch.autograd.Function):
         if ctx.wants_dw:
             if chunks.c:
                 _fill_sink(ctx, inverse, level, threshold, weight)
-                mixer = Mixer(columns, ctx.operands, x, 0) if columns.injection is not None else None
-                add_to_targets(x, g_row, cos_y, mine, plain, inverse, columns, mixer)
+                add_to_targets(x, g_row, cos_y, mine, plain, inverse, columns)
             columns.sink.fresh = False
         ctx.kept = ctx.kept_top = None
         d_threshold = -(g_out * share).sum()[None] if ctx.unified else None

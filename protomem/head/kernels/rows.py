@@ -31,14 +31,14 @@ def _length(v):
 
 @triton.jit
 def _mixed(w, unit_w, share, features, place, k, d, inside, D):
-    """(v, a) of rows w [R, D] with their features: v = a w + l q where the share l > 0, else v = w. unit_w: 1 / |w|."""
+    """Rows w [R, D] with their features: v = w + c q with c = l |w| / (1 - l) (protomem/head/mixer.py), w where the share l is
+    0. unit_w: 1 / |w|."""
     if place is not None:
         at = tl.load(place + k, mask=share > 0, other=0).to(tl.int64)
     else:
         at = k.to(tl.int64)
     q = tl.load(features + at[:, None] * D + d[None, :], mask=inside & (share > 0)[:, None], other=0.0).to(tl.float32)
-    a = tl.where(share > 0, (1 - share) * unit_w, 1.0)
-    return w * a[:, None] + q * share[:, None], a
+    return w + q * (share / (1 - share) / unit_w)[:, None]
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def operands(
         scale = 1 / _length(v)
     if shares is not None:
         share = tl.load(shares + k, mask=k < K, other=0.0).to(tl.float32)
-        v, a = _mixed(v, scale, share, features, place, k, d, inside, D)
+        v = _mixed(v, scale, share, features, place, k, d, inside, D)
         scale = tl.where(share > 0, 1 / _length(v), scale)
     tl.store(inverse + k, scale, mask=k < K)
     if out is not None:
@@ -88,13 +88,13 @@ def finish(
             unit_w = tl.full((R,), 1.0, tl.float32)
         else:
             unit_w = 1 / _length(w)
-        v, a = _mixed(w, unit_w, share, features, place, k, d, inside, D)
+        v = _mixed(w, unit_w, share, features, place, k, d, inside, D)
         bent = g - (tl.sum(g * v, 1) * scale * scale)[:, None] * v
         if UNIT:
-            g = tl.where((share > 0)[:, None], bent * a[:, None], g)
+            g = tl.where((share > 0)[:, None], bent, g)
         else:
             flat = bent - (tl.sum(bent * w, 1) * unit_w * unit_w)[:, None] * w
-            g = tl.where((share > 0)[:, None], flat * a[:, None], bent)
+            g = tl.where((share > 0)[:, None], flat, bent)
     if ADD:
         g += tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, g.to(out.dtype.element_ty), mask=inside)
