@@ -153,7 +153,7 @@ def saved(path, *names) -> dict[str, torch.Tensor]:
     """Tensors of a checkpoint."""
     metadata = state._Reader(path).read_metadata().state_dict_metadata
     out = {name: torch.zeros(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names}
-    state._load(out, path, True)
+    state._load(out, path, *state._read(path, True), True)
     return out
 
 
