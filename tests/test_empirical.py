@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from protomem import config, state
 from protomem.errors import UserError
-from protomem.head import HEADS, Columns
+from protomem.head import HEADS
 from protomem.objective.criterion import Criterion
 from protomem.objective.margins import build_margin
 from protomem.prototypes.classifier import ClassifierShard

@@ -41,7 +41,7 @@ class Mixer:
         self.operands, self.dtype, self.block = operands, x.dtype, block
         self.odds = self.weight / (1 - self.weight)
         self.injected = self.weight.nonzero().squeeze(1) if x.device.type in ASKS else None
-        if self.injected is not None:  # ascending; those of block k stand from edges[k] to edges[k + 1]
+        if self.injected is not None:  # ascending; those of block k stand from edges[k] to edges[k + 1]. Never on a GPU: `ASKS`
             self.edges = torch.searchsorted(self.injected, torch.arange(0, len(self.rows) + block, block)).tolist()
         self.inverse_w = x.new_empty(len(self.rows)) if inverse_w is None else inverse_w
         self.room = [x.new_empty(block, x.shape[1]) for _ in range(3)]  # for w, v, gradient
