@@ -156,6 +156,20 @@ def product_cases() -> list[dict]:
     return out
 
 
+def tuple_cases() -> list[dict]:
+    """Every policy x momentum x estimator x usage x gradient once, in random order; self-exclusion and the rest vary (`loo`
+    not where prototypes learn, which is refused)."""
+    full, out = product_cases(), []
+    for group in range(len(full) // 3):
+        three = full[3 * group : 3 * group + 3]
+        pick = group % 3
+        if three[pick]["gradient"] == "sgd" and three[pick]["self_exclusion"] == "loo":
+            pick = (pick + 1) % 3
+        out.append(three[pick])
+    random.Random(1).shuffle(out)
+    return out
+
+
 def batches(case: dict, steps: int, seed: int = 0) -> list[dict]:
     """Batches of B images with unequal numbers of images per identity, from a pool that is now large, now small.
 

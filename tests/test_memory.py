@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from protomem.prototypes.slots import FILLER
-from tests.memory_cases import USUAL, covering_array, product_cases, run_memory, run_reference
+from tests.memory_cases import USUAL, covering_array, product_cases, run_memory, run_reference, tuple_cases
 from tests.ranks import run_ranks
+from tests.thread_ranks import run_threads
 
 STEPS = {1: 12, 2: 8, 3: 6, 4: 6}  # by world size: several ranks on few cores mostly wait for each other
 LONG = 200
@@ -78,9 +79,9 @@ def difference(case: dict, ranks: list[list[dict]], steps: int) -> str | None:
     return None
 
 
-def compare(cases: list[dict], world: int, steps: int, timeout: float = 300) -> list[str]:
+def compare(cases: list[dict], world: int, steps: int, run=functools.partial(run_ranks, timeout=300)) -> list[str]:
     """Run all cases in one set of ranks; what differs, one line per case that does."""
-    ranks = run_ranks(world, lambda: [run_memory(case, steps) for case in cases], timeout=timeout)
+    ranks = run(world, lambda: [run_memory(case, steps) for case in cases])
     found = [difference(case, [records[k] for records in ranks], steps) for k, case in enumerate(cases)]
     return [f"{name_of(case)}: {text}" for case, text in zip(cases, found) if text]
 
@@ -117,28 +118,39 @@ def test_usages_where_few_images_build(name):
     assert not wrong, "\n".join(wrong)
 
 
-def compare_all(cases: list[dict], worlds: tuple[int, ...], steps: int, chunk: int = 12) -> None:
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_that_are_threads(world):
+    """What the long comparisons below run on finds the same."""
+    try:
+        wrong = compare([covering_array()[world]], world, STEPS[world], run_threads)
+        assert not wrong, "\n".join(wrong)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def compare_all(cases: list[dict], worlds: tuple[int, ...], steps: int, run, chunk: int = 12) -> None:
     """All cases at all world sizes; prints progress and a summary, and exits with 1 if any differs."""
-    failures = []
-    for world in worlds:
-        begin = time.monotonic()
-        for start in range(0, len(cases), chunk):
-            part = cases[start : start + chunk]
-            found = [f"{world} ranks, {text}" for text in compare(part, world, steps, timeout=1200)]
+    failures, begin = [], time.monotonic()
+    for start in range(0, len(cases), chunk):
+        part = cases[start : start + chunk]
+        for world in worlds:
+            found = [f"{world} ranks, {text}" for text in compare(part, world, steps, run)]
             failures += found
             print("".join(f"{text}\n" for text in found), end="")
-            done = start + len(part)
-            each = (time.monotonic() - begin) / done
-            print(f"{world} ranks: {done}/{len(cases)}  {each:.2f} s each  {len(failures)} differ", flush=True)
-            _expected.cache_clear()
+        done = start + len(part)
+        each = (time.monotonic() - begin) / done
+        print(f"{done}/{len(cases)}  {each:.2f} s each  {len(failures)} differ", flush=True)
+        _expected.cache_clear()
     print("\n".join([f"{len(failures)} of {len(cases) * len(worlds)} runs of {steps} steps differ", *failures]))
     sys.exit(bool(failures))
 
 
-# By hand, since it takes up to an hour:  python -m tests.test_memory pairs|product STEPS [WORLD ...]
-#   pairs: the covering array; product: policy x momentum x estimator x usage x gradient x self-exclusion
+# By hand, since it takes hours:  python -m tests.test_memory pairs|tuples|product STEPS [gloo|threads] [WORLD ...]
+#   pairs: the covering array; tuples: policy x momentum x estimator x usage x gradient; product: that x self-exclusion
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
-    chosen = {"pairs": covering_array, "product": product_cases}[sys.argv[1]]()
-    compare_all(chosen, tuple(int(w) for w in sys.argv[3:]) or (1, 2, 3, 4), int(sys.argv[2]))
+    name, steps, *more = sys.argv[1:]
+    chosen = {"pairs": covering_array, "tuples": tuple_cases, "product": product_cases}[name]()
+    run = run_threads if "threads" in more else functools.partial(run_ranks, timeout=1200)
+    compare_all(chosen, tuple(int(w) for w in more if w.isdigit()) or (1, 2, 3, 4), int(steps), run)
