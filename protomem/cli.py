@@ -3,6 +3,7 @@ command that needs them."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -33,14 +34,25 @@ def train(
     """Train from a config; goes on from the last checkpoint in its output folder.
 
     One process: protomem train configs/quickstart.yaml. Several: launch/local.sh 2 configs/quickstart.yaml, or
-    torchrun --nproc-per-node=8 -m protomem train CONFIG. All keys with their meaning: configs/default.yaml.
+    torchrun --nproc-per-node=8 -m protomem train CONFIG, or srun -n8 protomem train CONFIG, or sbatch launch/slurm.sbatch
+    CONFIG. All keys with their meaning: configs/default.yaml.
+
+    SIGTERM, SIGINT and SIGUSR1 end it after the step at hand, with everything saved; the same command goes on from there.
+    Exit codes: 0 finished; 75 stopped by a signal, saved, to be started again (0 under torchrun, which would take it for a
+    failure; the file `stopped` in the output folder tells, and is gone once the run goes on); 2 an error of config, data or
+    machine, told in a line; anything else an unexpected end.
     """
-    from protomem import config
+    from protomem.signals import STOPPED, StopRequest
 
-    loaded = config.load(*config.split_arguments(arguments))
-    from protomem import trainer
+    with StopRequest() as stop:  # before torch is imported: a signal to a run that just starts is not lost
+        from protomem import config
 
-    trainer.train(loaded)
+        loaded = config.load(*config.split_arguments(arguments))
+        from protomem import trainer
+
+        finished = trainer.train(loaded, stop)
+    if not finished and "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise typer.Exit(STOPPED)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from typing import Callable
 import torch
 import torch.distributed as dist
 
+from protomem import slurm
 from protomem.errors import UserError
 
 
@@ -37,9 +38,17 @@ def detect_launcher(env=os.environ) -> tuple[str, int, int, int]:
     """Return (launcher, rank, world size, local rank): torchrun's variables win, then Slurm's, then a single process."""
     if "RANK" in env and "WORLD_SIZE" in env:
         return "torchrun", int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in env:
-        return "slurm", int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
+    # The tasks of the step, not of the job: the shell of an allocation for four has SLURM_NTASKS=4 and is one process.
+    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return "slurm", int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0))
     return "single", 0, 1, 0
+
+
+def ranks_here(launcher: str, env=os.environ) -> int:
+    """How many of the ranks are on this machine, as the launcher says."""
+    if launcher == "slurm" and "SLURM_STEP_TASKS_PER_NODE" in env:
+        return slurm.tasks_of_node(env["SLURM_STEP_TASKS_PER_NODE"], int(env.get("SLURM_NODEID", 0)))
+    return int(env.get("LOCAL_WORLD_SIZE", 1))
 
 
 def choose_device(name: str, local_rank: int, local_world: int = 1) -> torch.device:
@@ -64,23 +73,33 @@ def choose_device(name: str, local_rank: int, local_world: int = 1) -> torch.dev
 def init(device: str = "auto", timeout_s: float = 600.0) -> Context:
     """Join the process group if a launcher started several ranks (nccl on GPUs, gloo on CPUs); call once, first.
 
-    Raises UserError for an impossible device, and for a Slurm launch without MASTER_ADDR/MASTER_PORT.
+    Started by plain `srun`, the ranks find each other by Slurm's variables where MASTER_ADDR and MASTER_PORT are not set.
+    Raises UserError for an impossible device, and if the ranks cannot find or reach each other.
     """
     launcher, rank, world, local = detect_launcher()
-    chosen = choose_device(device, local, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    chosen = choose_device(device, local, ranks_here(launcher))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():
+        if launcher == "slurm":
+            os.environ.update(slurm.rendezvous(os.environ))
         missing = [k for k in ("MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
         if missing:
-            raise UserError(f"{launcher} started {world} ranks but {' and '.join(missing)} is not set; export it before srun")
-        dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
-            rank=rank,
-            world_size=world,
-            timeout=datetime.timedelta(seconds=timeout_s),
-            device_id=chosen if chosen.type == "cuda" else None,
-        )
+            raise UserError(f"RANK and WORLD_SIZE={world} are set, {' and '.join(missing)} is not; set it, or start by torchrun")
+        try:
+            dist.init_process_group(
+                "nccl" if chosen.type == "cuda" else "gloo",
+                rank=rank,
+                world_size=world,
+                timeout=datetime.timedelta(seconds=timeout_s),
+                device_id=chosen if chosen.type == "cuda" else None,
+            )
+        except dist.DistNetworkError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(
+                f"rank {rank} of {world} cannot meet the others at {where} ({str(error).splitlines()[0]}); if that port is "
+                "taken, export another MASTER_PORT"
+            ) from None
     return Context(rank, world, local, chosen, launcher)
 
 

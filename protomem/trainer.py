@@ -18,6 +18,7 @@ from protomem.data.pipeline import make_loader, normalise
 from protomem.data.records import open_records
 from protomem.errors import UserError
 from protomem.evaluate.extract import evaluate_bins
+from protomem.files import replace_file
 from protomem.memory_run import MemoryRun
 from protomem.metrics import RunLog
 from protomem.report import save_evaluation, write_report
@@ -203,7 +204,8 @@ class Run:
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
+    def run(self, stop: StopRequest) -> bool:
+        """Train up to the end, or until `stop` was asked for; whether it was the end."""
         resumed = self.resume()
         c = self.config
         self.log = RunLog(
@@ -220,13 +222,19 @@ class Run:
                 self.log.event("resume", step=self.step, path=str(resumed), world_size=self.context.world_size)
             elif c.evaluate.initial:
                 self.evaluate("initial")
-            finished = self._train()
+            marker = self.folder / "stopped"
+            if self.context.is_main:
+                marker.unlink(missing_ok=True)
+            finished = self._train(stop)
             if finished and self.context.is_main:
                 self.log.event("report", path=str(write_report(self.folder)))
+            elif self.context.is_main:  # for scripts: torchrun does not pass on which of the two it was
+                replace_file(marker, f"at step {self.step} of {self.total} by {stop.reason()}\n".encode())
+            return finished
         finally:
             self.log.close()
 
-    def _train(self) -> bool:
+    def _train(self, stop: StopRequest) -> bool:
         c, world = self.config, self.context.world_size
         model = distributed.data_parallel(self.encoder, self.device)
         model.train()
@@ -240,7 +248,7 @@ class Run:
             self.log.event("prefill", steps=steps)
         loader = self._loader(self.sampler)
         ask = 1 if self.device.type == "cpu" else 10  # reading the answer makes a GPU wait
-        with StopRequest() as stop, contextlib.ExitStack() as open_things:
+        with contextlib.ExitStack() as open_things:
             open_things.callback(loader.close)
             if self.memory:
                 open_things.callback(self.memory.close)  # first: the loader may be waiting in the sampler
@@ -254,6 +262,7 @@ class Run:
                     if self.step == self.total:
                         break
                     if self.step % ask == 0 and stop.on_any_rank(self.device):
+                        stop.hold()
                         if self.saved != self.step:
                             self.save()
                         self.log.event("stopped", step=self.step, reason=stop.reason())
@@ -425,8 +434,14 @@ class Run:
         self.interval["since"] += time.monotonic() - start  # evaluating and saving is not training time
 
 
-def train(config: DictConfig) -> None:
-    """Train as the config says, on all ranks that the launcher started."""
-    context = distributed.init(config.distributed.device, config.distributed.timeout_s)
-    Run(config, context).run()
-    distributed.shutdown()  # not after an error: leaving the group can hang, and the message must come out
+def train(config: DictConfig, stop: StopRequest | None = None) -> bool:
+    """Train as the config says, on all ranks that the launcher started; False if a signal stopped it, all being saved.
+
+    stop: the caller's, if it listens for signals already.
+    """
+    with contextlib.ExitStack() as listening:
+        stop = stop or listening.enter_context(StopRequest())
+        context = distributed.init(config.distributed.device, config.distributed.timeout_s)
+        finished = Run(config, context).run(stop)
+        distributed.shutdown()  # not after an error: leaving the group can hang, and the message must come out
+        return finished

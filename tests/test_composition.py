@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from benchmarks import composition
-from protomem import build, config, distributed, recipe_commands, trainer
+from protomem import build, config, distributed, recipe_commands, signals, trainer
 from protomem.composition import late_parts
 from protomem.data.pipeline import normalise
 from protomem.errors import UserError
@@ -164,7 +164,8 @@ def test_every_recipe_trains_from_its_file(small_set, tmp_path):
             more = [setting for key, setting in early.items() if OmegaConf.select(c, key)]
             more += ["prototypes.memory.size=20"] if c.prototypes.source == "memory" else []
             given = settings(data, tmp_path / name, "schedule.steps=4", "schedule.warmup_steps=0", "checkpoint.every=0", *more)
-            trainer.Run(config.load([file], [s for s in given if not s.startswith("margin.")]), context).run()
+            run = trainer.Run(config.load([file], [s for s in given if not s.startswith("margin.")]), context)
+            run.run(signals.StopRequest())
 
     run_ranks(2, work, timeout=300)
     for name in recipe_commands.names():
