@@ -19,6 +19,7 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.profiler import record_function  # 6 us each on a CPU; any profiler shows the phases by these names
 
 from protomem import distributed
 from protomem.objective.criterion import Criterion
@@ -84,17 +85,20 @@ def losses(
     views: one or two embeddings [b, D] of this rank's images, with gradient, not normalised; prototypes are made from the
     first. labels [B] of all ranks in rank order; wanted: `keys` [B, D] and `observe` for the prototypes.
     """
-    gathered = distributed.gather_with_grad(torch.cat(views, 1), sizes).chunk(len(views), 1)
+    with record_function("protomem.gather"):
+        gathered = distributed.gather_with_grad(torch.cat(views, 1), sizes).chunk(len(views), 1)
     norm = torch.cat([distributed.replicated(v.norm(dim=1), g.detach().norm(dim=1), sizes) for v, g in zip(views, gathered)])
     x = F.normalize(torch.cat(gathered), dim=1)  # [V B, D]
     unit = x[: len(labels)].detach()
-    columns = prototypes.columns(labels, gathered[0], **wanted)
+    with record_function("protomem.prototypes"):
+        columns = prototypes.columns(labels, gathered[0], **wanted)
     terms = [(columns, margin)]
     if (empirical := prototypes.empirical) is not None:
         empirical.see(labels, unit, before=True)
         if empirical.active:
             terms.append((empirical.columns(columns), empirical.margin(margin)))
-    found = [criterion(x, norm, c.repeat(len(views)), head, m) for c, m in terms]
+    with record_function("protomem.head"):
+        found = [criterion(x, norm, c.repeat(len(views)), head, m) for c, m in terms]
     if (nearest := columns.nearest) is not None:
         nearest.cos, nearest.row = nearest.cos[: len(labels)], nearest.row[: len(labels)]
     per_row = torch.stack([loss for loss, _ in found]).mean(0)
@@ -193,11 +197,13 @@ def forward_backward(
     for k, part in enumerate(parts):
         last = k == len(parts) - 1
         with contextlib.nullcontext() if last or not hasattr(encoder, "no_sync") else encoder.no_sync():
-            views, wanted = encode(part, encoder, prototypes, extras, prepare, autocast, 1 if contrast is None else 2)
+            with record_function("protomem.encoder"):
+                views, wanted = encode(part, encoder, prototypes, extras, prepare, autocast, 1 if contrast is None else 2)
             keys = wanted.get("keys")
             if k == 0:  # the labels came while the encoder ran (a GPU still does): a memory plans with them alone
-                labels, quality = arriving()
-                prototypes.begin_step(torch.cat(labels), step, *(() if quality is None else (quality,)))
+                with record_function("protomem.plan"):
+                    labels, quality = arriving()
+                    prototypes.begin_step(torch.cat(labels), step, *(() if quality is None else (quality,)))
             found = losses(
                 views,
                 labels[k],
@@ -222,7 +228,8 @@ def forward_backward(
                 term = contrast(found.views, labels[k], part.sizes) / count
                 total, _ = total + term, add(own_terms, "contrast", term.detach())
                 stats["contrast_margin"] = contrast.m.clone()
-            scale_loss(total).backward()
+            with record_function("protomem.backward"):
+                scale_loss(total).backward()
         add(stats, "norm", views[0].detach().norm(dim=1).sum() / sum(len(p.labels) for p in parts))
         add(stats, "cos_y", found.cos_y.sum() / count if weight is None else _weighted_mean(found.cos_y, weight))
         seen.append((found.unit if keys is None else F.normalize(keys, dim=1), labels[k], part.sizes))

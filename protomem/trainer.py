@@ -393,10 +393,12 @@ class Run:
         now, i = time.monotonic(), self.interval
         seconds = max(now - i["since"], 1e-9)
         values = {**stats, "epoch": self.step / self.epoch_steps, "images_per_s": i["images"] / seconds}
-        values["data_wait"] = i["wait"] / seconds
-        skipped = distributed.all_reduce(torch.tensor(float(i["skipped"]), device=self.device))
-        if skipped > 0:
-            values["skipped_images"] = int(skipped)
+        # The others wait in a collective for the rank that waits for its data.
+        own = torch.tensor([[i["wait"] / seconds, i["skipped"]]], dtype=torch.float64, device=self.device)
+        wait, skipped = distributed.gather_rows(own, [1] * self.context.world_size).unbind(1)
+        values["data_wait"] = wait.max()
+        if skipped.sum() > 0:
+            values["skipped_images"] = int(skipped.sum())
         self.log.step(self.step, values)
         self._check_finite()
         if self.memory:
