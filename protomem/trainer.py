@@ -226,15 +226,19 @@ class Run:
         finally:
             self.log.close()
 
-    def _train(self) -> bool:
-        c, world = self.config, self.context.world_size
+    def prepare(self) -> None:
+        """What `_one_step` needs: the encoder as it is trained, and the counters of a logging interval."""
         model = distributed.data_parallel(self.encoder, self.device)
         model.train()
-        if world > 1:
+        if self.context.world_size > 1:
             self._settle_buckets(model)
-        self.model = torch.compile(model) if c.encoder.compile else model
+        self.model = torch.compile(model) if self.config.encoder.compile else model
         self.saved, self.finite = self.step, torch.ones((), device=self.device)
         self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": time.monotonic()}
+
+    def _train(self) -> bool:
+        c = self.config
+        self.prepare()
         if self.step == 0 and self.memory and c.prototypes.memory.fill == "prefill":
             steps = self.memory.fill(self._loader, lambda batch, step: self._enqueue(self._parts(batch)[0], step))
             self.log.event("prefill", steps=steps)
