@@ -4,8 +4,9 @@
     python benchmarks/train_step.py --ranks 2 --variants classifier,memory train.batch_size=128 encoder.name=iresnet18
 
 One GPU a rank where there are any (times by events in the stream: what the GPU waits for, not the host), else the CPU with one
-thread a rank. Rank 0 is timed. Variants run in processes of their own, in turn, round by round; a figure is the median over the
-steps of a round, then over the rounds. key=value changes every variant's settings.
+thread a rank, where besides the time that passes the CPU time of the training thread is taken, in which waiting and other jobs
+of the machine do not count. Rank 0 is timed. Variants run in processes of their own, in turn, round by round; a figure is the
+median over the steps of a round, then over the rounds. key=value changes every variant's settings.
 
 The phases, each from the end of the one before it:
     data wait         for the next batch of the loader
@@ -40,6 +41,7 @@ from protomem.trainer import Run
 
 PHASES = ("data wait", "host to device", "encoder forward", "plan", "gather", "head forward")
 PHASES += ("head backward", "reduce-scatter", "encoder backward", "update")
+KINDS = {"ms": "time that passes", "cpu_ms": "CPU time of the training thread"}
 SHAPES = {
     "cpu": {
         "data.train": "patterns:identities=20000,images=8,size=64",
@@ -77,19 +79,20 @@ class Clock:
         self.gpu, self.points = device.type == "cuda", []
 
     def mark(self, name: str) -> None:
-        point = time.perf_counter()
+        point = time.perf_counter(), time.thread_time()
         if self.gpu:
-            point = torch.cuda.Event(enable_timing=True)
-            point.record()
+            point = (torch.cuda.Event(enable_timing=True),)
+            point[0].record()
         self.points.append((name, point))
 
-    def milliseconds(self) -> dict[str, float]:
-        """Of each phase, named by the point that ends it; the first point begins."""
+    def milliseconds(self) -> dict[str, dict[str, float]]:
+        """{kind of time: {phase: ms}}. A phase has the name of the point that ends it; the first point begins."""
         if self.gpu:
             torch.cuda.synchronize()
-        found = dict.fromkeys(PHASES, 0.0)
-        for (_, a), (name, b) in zip(self.points, self.points[1:]):
-            found[name] += a.elapsed_time(b) if self.gpu else 1e3 * (b - a)
+        found = {kind: dict.fromkeys(PHASES, 0.0) for kind in (("ms",) if self.gpu else ("ms", "cpu_ms"))}
+        for (_, before), (name, now) in zip(self.points, self.points[1:]):
+            for kind, a, b in zip(found, before, now):
+                found[kind][name] += a.elapsed_time(b) if self.gpu else 1e3 * (b - a)
         self.points.clear()
         return found
 
@@ -175,24 +178,29 @@ def measure(options) -> list[dict]:
     rows = []
     for name, rounds in found.items():
         shape = {"variant": name, "ranks": options.ranks, **rounds[0]["shape"], "steps": options.steps}
-        totals = spread([statistics.median(sum(s.values()) for s in r["steps"]) for r in rounds])
-        for phase in PHASES:
-            values = spread([statistics.median(s[phase] for s in r["steps"]) for r in rounds])
-            rows.append(shape | {"phase": phase} | {f"ms_{k}" if k != "repeats" else k: v for k, v in values.items()})
-        row = shape | {"phase": "step"} | {f"ms_{k}" if k != "repeats" else k: v for k, v in totals.items()}
-        rows.append(row | {"images_per_s": 1e3 * shape["batch"] / totals["median"]})
+        for phase in (*PHASES, "step"):
+            row = shape | {"phase": phase}
+            for kind in rounds[0]["steps"][0]:
+                each = [[sum(s[kind].values()) if phase == "step" else s[kind][phase] for s in r["steps"]] for r in rounds]
+                values = spread([statistics.median(steps) for steps in each])
+                row |= {f"{kind}_{k}" if k != "repeats" else k: v for k, v in values.items()}
+            rows.append(row)
+        row["images_per_s"] = 1e3 * shape["batch"] / row["ms_median"]
     return rows
 
 
 def table(rows: list[dict]) -> None:
     names = list(dict.fromkeys(row["variant"] for row in rows))
-    print(f"{'ms':18}" + "".join(f"{name:>24}" for name in names))
-    for phase in (*PHASES, "step"):
-        print(f"{phase:18}", end="")
-        for row in (row for row in rows if row["phase"] == phase):
-            text = f"{row['ms_median']:.2f} ({row['ms_min']:.2f}-{row['ms_max']:.2f})"
-            print(f"{text:>24}", end="")
-        print()
+    for kind in KINDS:
+        if f"{kind}_median" not in rows[0]:
+            continue
+        print(f"{KINDS[kind]}\n{'':18}" + "".join(f"{name:>24}" for name in names))
+        for phase in (*PHASES, "step"):
+            print(f"{phase:18}", end="")
+            for row in (row for row in rows if row["phase"] == phase):
+                median, low, high = (row[f"{kind}_{k}"] for k in ("median", "min", "max"))
+                print(f"{f'{median:.2f} ({low:.2f}-{high:.2f})':>24}", end="")
+            print()
     print(f"{'images/s':18}" + "".join(f"{row['images_per_s']:24.0f}" for row in rows if row["phase"] == "step"))
 
 
@@ -203,28 +211,36 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(row["variant"] for row in rows))
-    figure, axes = plt.subplots(figsize=(10, 1.4 + 0.55 * len(names)), layout="constrained")
-    left = dict.fromkeys(names, 0.0)
-    for phase, colour in zip(PHASES, plt.get_cmap("tab10").colors):
-        widths = {row["variant"]: row["ms_median"] for row in rows if row["phase"] == phase}
-        axes.barh(names, [widths[n] for n in names], left=[left[n] for n in names], color=colour, label=phase, height=0.6)
-        for n in names:
-            left[n] += widths[n]
-    steps = {row["variant"]: row for row in rows if row["phase"] == "step"}
-    for n in names:
-        axes.annotate(f"{steps[n]['images_per_s']:,.0f} images/s", (left[n], n), (4, 0), textcoords="offset points", va="center")
-    first, longest = steps[names[0]], max(left.values())
-    what = f"{first['encoder']}, {first['pixels']} pixels, batch {first['batch']}, {first['identities']:,} identities, D = {first['size']}"
-    axes.set(xlabel="ms of a step", xlim=(0, 1.16 * longest), title=f"{what}, {first['ranks']} ranks ({first['device']})")
-    axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
+    kinds = [kind for kind in KINDS if f"{kind}_median" in rows[0]]
+    figure, panels = plt.subplots(
+        1, len(kinds), figsize=(7 * len(kinds), 2 + 0.55 * len(names)), layout="constrained", sharey=True, squeeze=False
+    )
+    first = rows[0]
+    for axes, kind in zip(panels[0], kinds):
+        left = dict.fromkeys(names, 0.0)
+        for phase, colour in zip(PHASES, plt.get_cmap("tab10").colors):
+            widths = {row["variant"]: row[f"{kind}_median"] for row in rows if row["phase"] == phase}
+            label = phase if axes is panels[0, 0] else None
+            axes.barh(names, [widths[n] for n in names], 0.6, [left[n] for n in names], color=colour, label=label)
+            for n in names:
+                left[n] += widths[n]
+        axes.set(xlabel="ms", xlim=(0, 1.18 * max(left.values())), title=KINDS[kind])
+        axes.spines[["top", "right"]].set_visible(False)
+        if kind == "ms":
+            for row in (row for row in rows if row["phase"] == "step"):
+                n = row["variant"]
+                text = f"{row['images_per_s']:,.0f} images/s"
+                axes.annotate(text, (left[n], n), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    panels[0, 0].invert_yaxis()
+    what = f"{first['encoder']}, {first['pixels']} pixels, batch {first['batch']} on {first['ranks']} ranks ({first['device']}), "
+    figure.suptitle(f"One training step: {what}{first['identities']:,} identities, D = {first['size']}", fontsize=11)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")
 
 
 def main() -> None:
-    usual = [name for name in VARIANTS if torch.cuda.is_available() or "triton" not in name]
+    usual = [name for name in VARIANTS if "dense" not in name and ("triton" not in name or torch.cuda.is_available())]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", metavar="key=value")
     parser.add_argument("--out", type=Path, help="folder for train_step.csv")

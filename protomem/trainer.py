@@ -16,6 +16,7 @@ from protomem.data.inspect import known_bad
 from protomem.data.pairs import read_bin
 from protomem.data.pipeline import make_loader, normalise
 from protomem.data.records import open_records
+from protomem.encoder.compiled import compiled
 from protomem.errors import UserError
 from protomem.evaluate.extract import evaluate_bins
 from protomem.memory_run import MemoryRun
@@ -36,6 +37,7 @@ class Run:
         self.config, self.context, self.device = config, context, context.device
         self.folder, self.step, self.overflows = Path(config.output), 0, 0
         self.best = state.best_so_far(self.folder / "checkpoints")
+        checks.graphs(config, self.device)
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True)
@@ -232,7 +234,7 @@ class Run:
         model.train()
         if self.context.world_size > 1:
             self._settle_buckets(model)
-        self.model = torch.compile(model) if self.config.encoder.compile else model
+        self.model = compiled(model, self.config.encoder.compile)
         self.saved, self.finite = self.step, torch.ones((), device=self.device)
         self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": time.monotonic()}
 
