@@ -42,6 +42,12 @@ def pair_sets(config: DictConfig) -> dict[str, str]:
     return sets
 
 
+def graphs(config: DictConfig, device: torch.device) -> None:
+    """Raises UserError where CUDA graphs are asked for and the run is not on a GPU."""
+    if config.encoder.compile == "graphs" and device.type != "cuda":
+        raise UserError("encoder.compile=graphs needs a GPU, and torch sees none here; use compile=default")
+
+
 def batchnorm(config: DictConfig, encoder: torch.nn.Module, parts: list[list[tuple[int, int]]]) -> None:
     """Raises UserError where a BatchNorm would have to take the statistics of a single image."""
     fewest = min(b - a for bounds in parts for a, b in bounds)

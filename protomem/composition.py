@@ -151,6 +151,13 @@ def _encoder_mistakes(config: DictConfig) -> Iterator[str]:
         for key, default in (("last_bn", "frozen"), ("freeze_statistics", False), ("sync_bn", False)):
             if e[key] != default:
                 yield f"encoder.{key}={e[key]} has no effect on encoder.name={e.name}, which has no BatchNorm; remove it"
+    if e.compile == "graphs" and config.train.accumulate > 1:
+        yield (
+            f"encoder.compile=graphs with train.accumulate={config.train.accumulate}: a CUDA graph writes gradients over those of "
+            "the micro-batch before; use compile=default or accumulate=1"
+        )
+    if e.compile == "graphs" and config.distributed.device == "cpu":
+        yield "encoder.compile=graphs with distributed.device=cpu: CUDA graphs need a GPU; use compile=default"
     if e.freeze_statistics and e.sync_bn:
         yield "encoder.sync_bn has no effect with encoder.freeze_statistics=true: no batch statistics are taken; remove one"
 

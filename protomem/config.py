@@ -158,6 +158,8 @@ def load(files: list[str], overrides: list[str] = (), optional: tuple[str, ...] 
         raise UserError(f"config: {str(e).splitlines()[0]}") from None
     if config.margin.gradient == "True":  # YAML's true
         config.margin.gradient = "true"
+    # YAML's off, false, true: a switch before there were CUDA graphs.
+    config.encoder.compile = {"False": "off", "True": "default"}.get(config.encoder.compile, config.encoder.compile)
     check(config, optional)
     return config
 

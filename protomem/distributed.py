@@ -175,19 +175,49 @@ def _pad_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
 
 
+def start_gather(x: torch.Tensor, sizes: list[int], overlap: bool = True) -> Callable[[], torch.Tensor]:
+    """`gather_rows` in two halves: sends, and returns a function that waits for the rows and gives them. What is computed in
+    between overlaps with their way, unless overlap is False."""
+    if world_size() == 1:
+        return lambda: x
+    longest = max(sizes)
+    out, own = x.new_empty(longest * len(sizes), *x.shape[1:]), _pad_rows(x, longest)
+    work = _all_gather_flat(out, own, async_op=overlap)
+
+    def finish() -> torch.Tensor:
+        if work is not None:
+            work.wait()  # on a GPU its stream waits, not the host
+        if min(sizes) == longest:
+            return out
+        return torch.cat([part[:size] for part, size in zip(out.split(longest), sizes)])
+
+    return finish
+
+
 def gather_rows(x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     """[b, ...] on each rank -> [B, ...] on all, in rank order, without gradient. `sizes[r]` = rows of rank r.
 
     Ranks may hold different numbers of rows (also none): rows travel padded to the longest.
     """
+    return start_gather(x, sizes, overlap=False)()
+
+
+_put_off: list[Callable[[], None]] = []
+
+
+def put_off(act: Callable[[], None]) -> None:
+    """From inside a backward pass: do `act`, which must not communicate, while the gradients of the gathered rows travel, and
+    at the latest when the pass ends. In a single process nothing travels, and it is done at once."""
     if world_size() == 1:
-        return x
-    longest = max(sizes)
-    out = x.new_empty(longest * len(sizes), *x.shape[1:])
-    _all_gather_flat(out, _pad_rows(x, longest))
-    if min(sizes) == longest:
-        return out
-    return torch.cat([part[:size] for part, size in zip(out.split(longest), sizes)])
+        return act()
+    _put_off.append(act)
+    torch.autograd.Variable._execution_engine.queue_callback(_catch_up)  # for a pass that comes to no gather
+
+
+@torch.no_grad()
+def _catch_up() -> None:
+    while _put_off:
+        _put_off.pop(0)()
 
 
 class _GatherWithGrad(torch.autograd.Function):
@@ -201,14 +231,17 @@ class _GatherWithGrad(torch.autograd.Function):
         sizes, longest = ctx.sizes, max(ctx.sizes)
         padded = grad if min(sizes) == longest else torch.cat([_pad_rows(p, longest) for p in grad.split(sizes)])
         out = grad.new_empty(longest, *grad.shape[1:])
-        _reduce_scatter_flat(out, padded.contiguous())
+        work = _reduce_scatter_flat(out, padded.contiguous(), async_op=True)
+        _catch_up()
+        work.wait()
         # The one factor W of the whole project: the loss is the mean over the global batch and DDP averages encoder
         # gradients over ranks, so the sum that arrives here is multiplied by W to survive that mean.
         return out[: sizes[rank()]] * len(sizes), None
 
 
 def gather_with_grad(x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """Differentiable `gather_rows`. Backward: reduce-scatter SUM, times W (see DESIGN: gradient scale)."""
+    """Differentiable `gather_rows`. Backward: reduce-scatter SUM, times W (see DESIGN: gradient scale), and meanwhile what was
+    `put_off`."""
     if world_size() == 1:
         return x
     return _GatherWithGrad.apply(x, sizes)

@@ -14,6 +14,7 @@ CHOICES = {
     "data.sampler.pick": ("random", "random_old", "look_alike"),
     "encoder.last_bn": ("frozen", "learnable"),
     "encoder.precision": ("fp32", "bf16", "fp16"),
+    "encoder.compile": ("off", "default", "graphs"),
     "prototypes.source": ("classifier", "sampled", "memory"),
     "prototypes.memory.policy": ("ring", "lru"),
     "prototypes.memory.fill": ("empty", "random", "prefill"),

@@ -53,7 +53,7 @@ class Encoder:
     precision: str = "fp32"
     channels_last: bool = True
     checkpointing: bool = False
-    compile: bool = False
+    compile: str = "off"
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """The data flow of one training step: the same function for one process and for many ranks.
 
+    labels ─ gather ──► labels [B], then the plan             on their way while the encoder runs
     images ─ encoder ─► embeddings x [b, D]                   local batch, autograd, DDP
-           ─ gather ──► X [B, D], labels [B]                  backward: reduce-scatter
+           ─ gather ──► X [B, D]                              backward: reduce-scatter, meanwhile the rows' gradient
            ─ prototypes.columns(labels, X)                    this rank's rows; a memory first writes the batch's own
-           ─ head ────► cos_y [B], lse_neg [B]                equal on every rank
+           ─ head ────► cos_y [B], lse_neg [B]                equal on every rank: one all-reduce
            ─ margin ──► loss = mean softplus(lse_neg - s phi(cos_y)) over the global batch
                         + a second term against empirical prototypes (EPL) + regularisers of this rank's own rows
            ─ backward ► encoder gradients (averaged by DDP) and this rank's prototype gradients
@@ -18,6 +19,7 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.profiler import record_function  # 6 us each on a CPU; any profiler shows the phases by these names
 
 from protomem import distributed
 from protomem.objective.criterion import Criterion
@@ -83,17 +85,20 @@ def losses(
     views: one or two embeddings [b, D] of this rank's images, with gradient, not normalised; prototypes are made from the
     first. labels [B] of all ranks in rank order; wanted: `keys` [B, D] and `observe` for the prototypes.
     """
-    gathered = distributed.gather_with_grad(torch.cat(views, 1), sizes).chunk(len(views), 1)
+    with record_function("protomem.gather"):
+        gathered = distributed.gather_with_grad(torch.cat(views, 1), sizes).chunk(len(views), 1)
     norm = torch.cat([distributed.replicated(v.norm(dim=1), g.detach().norm(dim=1), sizes) for v, g in zip(views, gathered)])
     x = F.normalize(torch.cat(gathered), dim=1)  # [V B, D]
     unit = x[: len(labels)].detach()
-    columns = prototypes.columns(labels, gathered[0], **wanted)
+    with record_function("protomem.prototypes"):
+        columns = prototypes.columns(labels, gathered[0], **wanted)
     terms = [(columns, margin)]
     if (empirical := prototypes.empirical) is not None:
         empirical.see(labels, unit, before=True)
         if empirical.active:
             terms.append((empirical.columns(columns), empirical.margin(margin)))
-    found = [criterion(x, norm, c.repeat(len(views)), head, m) for c, m in terms]
+    with record_function("protomem.head"):
+        found = [criterion(x, norm, c.repeat(len(views)), head, m) for c, m in terms]
     if (nearest := columns.nearest) is not None:
         nearest.cos, nearest.row = nearest.cos[: len(labels)], nearest.row[: len(labels)]
     per_row = torch.stack([loss for loss, _ in found]).mean(0)
@@ -101,21 +106,26 @@ def losses(
     return Losses(per_sample, cos_y, columns.weight, unit, x.chunk(len(views)))
 
 
-def gather_labels(parts: list[MicroBatch]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """The global labels of each micro-batch, and the whole step's quality numbers [B] (None if the data have none), by
-    one collective for the step."""
+def start_labels(parts: list[MicroBatch]) -> Callable[[], tuple[list[torch.Tensor], torch.Tensor | None]]:
+    """Sends this rank's labels and quality numbers, by one collective for the step. Returns a function that waits for the
+    others' and gives the global labels of each micro-batch, and the whole step's quality numbers [B] (None if the data have
+    none)."""
     total = [sum(part.sizes[r] for part in parts) for r in range(len(parts[0].sizes))]
     mine = torch.cat([part.labels for part in parts])[:, None]
     if parts[0].quality is not None:  # the bits of a float travel as an integer
         bits = torch.cat([part.quality for part in parts]).float().view(torch.int32)
         mine = torch.cat([mine, bits[:, None].to(mine.dtype)], 1)
-    everything = distributed.gather_rows(mine, total).split(total)
-    per_rank = [rows.split([part.sizes[r] for part in parts]) for r, rows in enumerate(everything)]
-    ordered = [torch.cat([rows[k] for rows in per_rank]) for k in range(len(parts))]
-    quality = None
-    if parts[0].quality is not None:
-        quality = torch.cat([rows[:, 1] for rows in ordered]).to(torch.int32).view(torch.float32)
-    return [rows[:, 0].contiguous() for rows in ordered], quality
+    gathered = distributed.start_gather(mine, total)
+
+    def finish():
+        per_rank = [rows.split([part.sizes[r] for part in parts]) for r, rows in enumerate(gathered().split(total))]
+        ordered = [torch.cat([rows[k] for rows in per_rank]) for k in range(len(parts))]
+        quality = None
+        if parts[0].quality is not None:
+            quality = torch.cat([rows[:, 1] for rows in ordered]).to(torch.int32).view(torch.float32)
+        return [rows[:, 0].contiguous() for rows in ordered], quality
+
+    return finish
 
 
 def encode(
@@ -174,26 +184,29 @@ def forward_backward(
     `contrast` (protomem/objective/contrast.py) draws two views together, from the step on where it is active; `observe`:
     collect statistics. A prototype memory takes a step as a single micro-batch.
     Returns 0-d tensors that are not read back: loss and mean cos_y, equal on every rank, the mean embedding norm of this
-    rank's images, and what prototypes and regularisers report.
+    rank's images, and with `observe` what prototypes and regularisers report; only then are the regularisers in the loss
+    that is returned (each rank knows its own rows' part).
     """
-    labels, quality = gather_labels(parts)
-    # Before the encoder: a memory plans with the labels alone.
-    prototypes.begin_step(torch.cat(labels), step, *(() if quality is None else (quality,)))
-    count = sum(len(part) for part in labels)
+    arriving, count = start_labels(parts), sum(sum(part.sizes) for part in parts)
     contrast = contrast if contrast is not None and contrast.active(step) else None
-    stats, seen = {}, []
+    stats, own_terms, seen = {}, {}, []
 
-    def add(name, value):
-        stats[name] = stats[name] + value if name in stats else value
+    def add(to, name, value):
+        to[name] = to[name] + value if name in to else value
 
-    for k, (part, part_labels) in enumerate(zip(parts, labels)):
+    for k, part in enumerate(parts):
         last = k == len(parts) - 1
         with contextlib.nullcontext() if last or not hasattr(encoder, "no_sync") else encoder.no_sync():
-            views, wanted = encode(part, encoder, prototypes, extras, prepare, autocast, 1 if contrast is None else 2)
+            with record_function("protomem.encoder"):
+                views, wanted = encode(part, encoder, prototypes, extras, prepare, autocast, 1 if contrast is None else 2)
             keys = wanted.get("keys")
+            if k == 0:  # the labels came while the encoder ran (a GPU still does): a memory plans with them alone
+                with record_function("protomem.plan"):
+                    labels, quality = arriving()
+                    prototypes.begin_step(torch.cat(labels), step, *(() if quality is None else (quality,)))
             found = losses(
                 views,
-                part_labels,
+                labels[k],
                 part.sizes,
                 prototypes,
                 head,
@@ -204,25 +217,27 @@ def forward_backward(
             )
             per_sample, weight = found.per_sample, found.weight
             total = per_sample.sum() / count if weight is None else _weighted_mean(per_sample, weight)
-            add("loss", total.detach())
+            add(stats, "loss", total.detach())
             # Regularisers are computed by each rank from its own rows, as a sum over them / B.
             if margin.penalty is not None:
                 own = [distributed.local_rows(view) for view in views]
                 term = sum(margin.penalty(view.norm(dim=1)).sum() for view in own) / len(own) / count
-                total, _ = total + term, add("norm_penalty", distributed.all_reduce(term.detach().clone()))
+                total, _ = total + term, add(own_terms, "norm_penalty", term.detach())
             if contrast is not None:
                 # Of this rank's anchors, but from the gathered views, whose gather holds the factor W.
-                term = contrast(found.views, part_labels, part.sizes) / count
-                total, _ = total + term, add("contrast", distributed.all_reduce(term.detach().clone()))
+                term = contrast(found.views, labels[k], part.sizes) / count
+                total, _ = total + term, add(own_terms, "contrast", term.detach())
                 stats["contrast_margin"] = contrast.m.clone()
-            scale_loss(total).backward()
-        add("norm", views[0].detach().norm(dim=1).sum() / sum(len(p.labels) for p in parts))
-        add("cos_y", found.cos_y.sum() / count if weight is None else _weighted_mean(found.cos_y, weight))
-        seen.append((found.unit if keys is None else F.normalize(keys, dim=1), part_labels, part.sizes))
-    for name in ("norm_penalty", "contrast"):
-        stats["loss"] = stats["loss"] + stats.get(name, 0)
+            with record_function("protomem.backward"):
+                scale_loss(total).backward()
+        add(stats, "norm", views[0].detach().norm(dim=1).sum() / sum(len(p.labels) for p in parts))
+        add(stats, "cos_y", found.cos_y.sum() / count if weight is None else _weighted_mean(found.cos_y, weight))
+        seen.append((found.unit if keys is None else F.normalize(keys, dim=1), labels[k], part.sizes))
     prototypes.after_step(*_in_batch_order(seen))
     if observe:
+        if own_terms:
+            sums = distributed.all_reduce(torch.stack(list(own_terms.values())))
+            stats |= {**dict(zip(own_terms, sums.unbind())), "loss": stats["loss"] + sums.sum()}
         stats |= prototypes.statistics(per_sample if weight is None else per_sample * weight)
     return stats
 
@@ -244,7 +259,8 @@ def _in_batch_order(parts: list[tuple[torch.Tensor, torch.Tensor, list[int]]]) -
 @torch.no_grad()
 def enqueue(part: MicroBatch, encoder, prototypes, *, prepare: Callable, autocast: Callable, extras: Extras) -> None:
     """Make a batch's prototypes and store them in a memory, without learning anything. `encoder`: not the DDP module."""
-    (labels,), quality = gather_labels([part])
-    prototypes.begin_step(labels, 0, quality)
+    arriving = start_labels([part])
     (embeddings,), wanted = encode(part, encoder, prototypes, extras, prepare, autocast)
+    (labels,), quality = arriving()
+    prototypes.begin_step(labels, 0, quality)
     prototypes.columns(labels, distributed.gather_rows(embeddings, part.sizes), **wanted)

@@ -16,6 +16,7 @@ from protomem.data.inspect import known_bad
 from protomem.data.pairs import read_bin
 from protomem.data.pipeline import make_loader, normalise
 from protomem.data.records import open_records
+from protomem.encoder.compiled import compiled
 from protomem.errors import UserError
 from protomem.evaluate.extract import evaluate_bins
 from protomem.files import replace_file
@@ -37,6 +38,7 @@ class Run:
         self.config, self.context, self.device = config, context, context.device
         self.folder, self.step, self.overflows = Path(config.output), 0, 0
         self.best = state.best_so_far(self.folder / "checkpoints")
+        checks.graphs(config, self.device)
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True)
@@ -234,15 +236,19 @@ class Run:
         finally:
             self.log.close()
 
-    def _train(self, stop: StopRequest) -> bool:
-        c, world = self.config, self.context.world_size
+    def prepare(self) -> None:
+        """What `_one_step` needs: the encoder as it is trained, and the counters of a logging interval."""
         model = distributed.data_parallel(self.encoder, self.device)
         model.train()
-        if world > 1:
+        if self.context.world_size > 1:
             self._settle_buckets(model)
-        self.model = torch.compile(model) if c.encoder.compile else model
+        self.model = compiled(model, self.config.encoder.compile)
         self.saved, self.finite = self.step, torch.ones((), device=self.device)
         self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": time.monotonic()}
+
+    def _train(self, stop: StopRequest) -> bool:
+        c = self.config
+        self.prepare()
         if self.step == 0 and self.memory and c.prototypes.memory.fill == "prefill":
             steps = self.memory.fill(self._loader, lambda batch, step: self._enqueue(self._parts(batch)[0], step))
             self.log.event("prefill", steps=steps)
@@ -402,10 +408,12 @@ class Run:
         now, i = time.monotonic(), self.interval
         seconds = max(now - i["since"], 1e-9)
         values = {**stats, "epoch": self.step / self.epoch_steps, "images_per_s": i["images"] / seconds}
-        values["data_wait"] = i["wait"] / seconds
-        skipped = distributed.all_reduce(torch.tensor(float(i["skipped"]), device=self.device))
-        if skipped > 0:
-            values["skipped_images"] = int(skipped)
+        # The others wait in a collective for the rank that waits for its data.
+        own = torch.tensor([[i["wait"] / seconds, i["skipped"]]], dtype=torch.float64, device=self.device)
+        wait, skipped = distributed.gather_rows(own, [1] * self.context.world_size).unbind(1)
+        values["data_wait"] = wait.max()
+        if skipped.sum() > 0:
+            values["skipped_images"] = int(skipped.sum())
         self.log.step(self.step, values)
         self._check_finite()
         if self.memory:

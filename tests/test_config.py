@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from omegaconf import OmegaConf
 
-from protomem import config
+from protomem import checks, config
 from protomem.errors import UserError
 
 NEEDED = ["output=x", "data.train=y"]
@@ -86,6 +87,22 @@ def test_a_misspelled_key_fails_fast_on_the_command_line():
     assert last == "error: optimizr.lr=1: unknown key optimizr.lr; did you mean optimizer.lr?"
     assert not re.search(r"\| +torch$", done.stderr, re.M)  # what makes it fast; no timed assertion
     print(f"{time.monotonic() - start:.2f} s")
+
+
+def test_compile_may_be_a_switch_or_a_word(tmp_path):
+    (tmp_path / "old.yaml").write_text("encoder:\n  compile: true\n")
+    assert config.load([str(tmp_path / "old.yaml")], NEEDED).encoder.compile == "default"
+    for given, meant in (("off", "off"), ("false", "off"), ("true", "default"), ("default", "default"), ("graphs", "graphs")):
+        assert config.load([], [*NEEDED, f"encoder.compile={given}"]).encoder.compile == meant
+    for more, message in (
+        (["encoder.compile=graph"], "compile=graph is not one of off, default, graphs; did you mean graphs?"),
+        (["encoder.compile=graphs", "train.accumulate=2"], "writes gradients over those of the micro-batch before"),
+        (["encoder.compile=graphs", "distributed.device=cpu"], "CUDA graphs need a GPU; use compile=default"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config.load([], [*NEEDED, *more])
+    with pytest.raises(UserError, match="compile=graphs needs a GPU, and torch sees none here"):
+        checks.graphs(config.load([], [*NEEDED, "encoder.compile=graphs"]), torch.device("cpu"))
 
 
 def test_margin_gradient_true_may_be_written_without_quotes():

@@ -165,7 +165,7 @@ def train(case, momentum: float):
     for step in range(STEPS):
         model.zero_grad()
         part = my_part(step, SIZES[distributed.world_size()])
-        stats = forward_backward([part], ddp, shard, HEADS["blocked"], margin, step, contrast=contrast)
+        stats = forward_backward([part], ddp, shard, HEADS["blocked"], margin, step, contrast=contrast, observe=True)
         assert torch.equal(stats["contrast_margin"], contrast.m)
         numbers = [stats[k].item() for k in ("loss", "contrast", "contrast_margin")]
         records.append((*numbers, [p.grad.numpy().copy() for p in model.maps], shard.weight.grad.numpy().copy()))
@@ -207,7 +207,8 @@ def test_local_gradient_does_not_grow_with_the_ranks(world):
         shard.weight.data.zero_()  # every cosine is 0: what reaches the encoder comes from the contrast
         ranks = distributed.world_size()
         part = MicroBatch(images(0), torch.tensor(LABELS[0]), [B] * ranks)
-        stats = forward_backward([part], wrapped(model), shard, HEADS["dense"], build_margin("softmax"), 0, contrast=contrast)
+        margin = build_margin("softmax")
+        stats = forward_backward([part], wrapped(model), shard, HEADS["dense"], margin, 0, contrast=contrast, observe=True)
         return [p.grad.numpy() for p in model.maps], stats["contrast"].item(), contrast.m.item()
 
     local = [case for case in CASES if case[2] == "local"]
@@ -283,7 +284,7 @@ def compose(source, gradient, case):
     for step in range(3):
         model.zero_grad()
         part = my_part(step, SIZES[distributed.world_size()])
-        stats = forward_backward([part], ddp, own, HEADS["blocked"], margin, step, contrast=contrast)
+        stats = forward_backward([part], ddp, own, HEADS["blocked"], margin, step, contrast=contrast, observe=True)
         records.append((stats["loss"].item(), contrast.m.item(), [p.grad.numpy().copy() for p in model.maps]))
     return records
 

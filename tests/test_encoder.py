@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from protomem.encoder import ENCODERS, build_encoder
+from protomem.encoder.compiled import compiled
 from protomem.encoder.weights import load_weights
 from protomem.errors import UserError
 
@@ -276,15 +277,40 @@ def test_refusals_name_the_setting():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_encoder_equals_eager(checkpointing):
     x, results = images("small", 4), []
-    for compiled in (False, True):
+    for mode in ("off", "default"):
         encoder = build("small", checkpointing=checkpointing)
-        out = (torch.compile(encoder) if compiled else encoder)(x)
+        out = compiled(encoder, mode)(x)
         out.square().sum().backward()
         results.append(
             {k: p.grad for k, p in encoder.named_parameters() if p.requires_grad} | dict(encoder.named_buffers())
         )
     for k, v in results[0].items():
         torch.testing.assert_close(results[1][k], v, rtol=1e-3, atol=1e-3)
+
+
+def test_what_a_cuda_graph_writes_over_has_been_copied(monkeypatch):
+    """By a stand-in that writes every run's outputs into the same memory, as a graph does."""
+    told = []
+
+    def stand_in(model, mode, dynamic):
+        memory = torch.empty(2, 3)
+
+        def run(x, views=1):
+            told.append("run")
+            memory.copy_(model(x).detach())
+            return memory if views == 1 else (memory, memory)
+
+        assert (mode, dynamic) == ("reduce-overhead", False)
+        return run
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: told.append("begin"))
+    model = torch.nn.Linear(4, 3)
+    run, inputs = compiled(model, "graphs"), torch.randn(3, 2, 4)
+    outs = [run(x) for x in inputs[:2]] + [t for t in run(inputs[2], 2)]
+    for out, x in zip(outs, inputs[[0, 1, 2, 2]]):
+        assert torch.equal(out, model(x))
+    assert told == ["begin", "run"] * 3 and compiled(model, "off") is model
 
 
 # --- weight files ---------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def one_step(backend, options, batch, classes, labels, accumulate):
         lo, hi = (start + v for v in bounds[rank])
         parts.append(MicroBatch(inputs[lo:hi], y[lo:hi], [e - s for s, e in bounds]))
     margin = build_margin("magface", scale=SCALE, **options)
-    stats = forward_backward(parts, model, shard, functools.partial(HEADS[backend]), margin, step=0)
+    stats = forward_backward(parts, model, shard, functools.partial(HEADS[backend]), margin, step=0, observe=True)
     seen = [(p.images.numpy(), out.grad.numpy() / world) for p, out in zip(parts, encoder.outputs)]
     return stats["loss"].item(), encoder.fc.weight.grad.numpy(), shard.weight.grad.numpy().copy(), seen
 

@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
 
-from protomem import config, state, trainer
+from protomem import config, distributed, state, trainer
 from protomem.errors import UserError
 from protomem.trainer import train
 from tests.ranks import run_ranks
@@ -229,3 +230,37 @@ def test_config_errors_are_raised_before_training(small_set, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             train(config.load([], settings(small_set, tmp_path, text)))
+
+
+def test_a_slow_loader_shows_as_waiting(monkeypatch):
+    """By a clock that only the test moves: 3 s for each batch on rank 1, none on rank 0, then 1 s of training; evaluating does
+    not count."""
+
+    def work():
+        now = [100.0]
+        monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
+        slow = distributed.rank() == 1
+
+        def batches():
+            for k in range(4):
+                now[0] += 3.0 * slow
+                yield k
+
+        shown, world = [], distributed.world_size()
+        run = trainer.Run.__new__(trainer.Run)
+        run.context = distributed.Context(distributed.rank(), world, 0, torch.device("cpu"), "torchrun")
+        run.device, run.finite, run.memory, run.step, run.epoch_steps, run.total = run.context.device, torch.ones(()), None, 1, 4, 9
+        run.log = types.SimpleNamespace(step=lambda step, values: shown.append({k: float(v) for k, v in values.items()}))
+        run.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": now[0]}
+        run.config, run.sets = config.load([], settings("x", "y", "evaluate.every=1", "data.eval=[z]", "checkpoint.every=0")), {"z": 1}
+        run.evaluate, run._improved = lambda tag: now.__setitem__(0, now[0] + 50.0), lambda results: False
+        for _ in run._timed(batches()):
+            now[0] += 1.0 + 3.0 * (not slow)  # rank 0 waits for rank 1 inside its step
+            run.interval["images"] += 24
+            run.interval["skipped"] += 1
+            run._report({})
+            run._periodic()
+        return shown
+
+    expected = {"epoch": 0.25, "images_per_s": 6.0, "data_wait": 0.75, "skipped_images": 2.0}
+    assert run_ranks(2, work) == [[expected] * 4] * 2

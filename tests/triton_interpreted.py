@@ -13,6 +13,7 @@ from protomem import distributed
 from protomem.head import HEADS, Columns, GradSink, Injection, Live, Nearest, objective, triton_head
 from protomem.objective.margins import build_margin
 from tests.ranks import run_ranks
+from tests.test_communication import listen
 from tests.test_equivalence import CASES as STEP_CASES
 from tests.test_equivalence import MARGINS, close, train_once
 from tests.test_equivalence import expected as expected_step
@@ -236,3 +237,16 @@ def test_whole_steps_equal_the_slow_formula():
             assert results[rank][k][0] == pytest.approx(loss, rel=1e-4, abs=1e-7)
             close(results[rank][k][1], encoder_grad, 1e-4)
         close(torch.cat([torch.as_tensor(r[k][2]) for r in results]), weight_grad, 1e-4)
+
+
+def test_the_rows_gradient_is_made_while_the_embeddings_gradient_travels(monkeypatch):
+    def work():
+        events, real = [], triton_head.launch
+        listen(events)
+        monkeypatch.setattr(triton_head, "launch", lambda kernel, *a, **k: events.append(kernel.fn.__name__) or real(kernel, *a, **k))
+        train_once("triton", MARGINS["cosface"], *STEP_CASES["uneven"], torch.float32, 4, 0)
+        return events[events.index("scatter sent") :], events.count("row_grads")
+
+    for (sent, *kernels, waited), count in run_ranks(2, work):
+        assert (sent, waited) == ("scatter sent", "scatter waited for") and kernels.count("row_grads") == count > 0
+        assert set(kernels) == {"operands", "logits", "row_grads", "finish"}

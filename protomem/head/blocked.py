@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 
 from protomem import distributed
-from protomem.head.contract import Columns, Negatives, combine_lse, inverse_norm
+from protomem.head.contract import Columns, Negatives, combine, early_cos_y, inverse_norm
 from protomem.head.mixer import Mixer, restoring
 from protomem.head.operands import Operands
 from protomem.head.targets import add_to_targets, own_gradients, own_prototypes
@@ -79,7 +79,8 @@ class _Head(torch.autograd.Function):
         rows, (b, c) = columns.rows, (len(x), len(columns.rows))
         mixer = ctx.mixer = Mixer(columns, operands, x, block) if columns.injection is not None and c else None
         plain, mine = own_prototypes(x, own, columns)
-        cos_y = distributed.all_reduce((x * mine).sum(1), "sum")
+        own_cos = (x * mine).sum(1)
+        seen_cos = early_cos_y(own_cos, negatives)[:, None]
         inverse = torch.ones(c, dtype=x.dtype, device=x.device)
         kept_blocks = min(-(-c // block), store // max(1, b * block * x.element_size())) if keep else 0
         kept = _pool.take(kept_blocks, b * block, x) if kept_blocks else None
@@ -112,7 +113,7 @@ class _Head(torch.autograd.Function):
             if negatives is None:
                 values = z
             else:
-                values = torch.where(z == HIDDEN, z, scale * negatives.value(z / scale, cos_y[:, None]))
+                values = torch.where(z == HIDDEN, z, scale * negatives.value(z / scale, seen_cos))
             if threshold is not None:  # scratch[0]: logits that are kept are not in it, others are not wanted any more
                 above += _softplus_and_share(torch.sub(values, threshold, out=seen), _view(scratch[0], b, stop - start))
                 continue
@@ -122,10 +123,12 @@ class _Head(torch.autograd.Function):
             top = higher
         if threshold is None:
             none = top <= HIDDEN / 2
-            out = level = combine_lse(top.masked_fill(none, float("-inf")), total.masked_fill(none, 0))
+            cos_y, out = combine(own_cos, top.masked_fill(none, float("-inf")), total.masked_fill(none, 0), scale)
+            level = out
         else:
-            above = distributed.all_reduce(above, "sum")
-            out, level, ctx.share = above[0].clone(), threshold, above[1]
+            sums = distributed.all_reduce(torch.cat([own_cos[None], above]))
+            cos_y, out, ctx.share = (t.clone() for t in sums.unbind())
+            level = threshold
         if scratch is not None:
             _pool.give(scratch)
         ctx.columns, ctx.scale, ctx.negatives, ctx.operands, ctx.block = columns, scale, negatives, operands, block

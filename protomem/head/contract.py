@@ -1,8 +1,8 @@
 """The head contract: what every back end takes and returns, and how ranks combine their parts.
 
 A head compares B gathered unit embeddings with this rank's prototype rows and returns, equal on every rank,
-  cos_y   [B]  cosine to the own prototype (the owner computes it; one SUM all-reduce), and
-  lse_neg [B]  log-sum-exp of the scaled logits of the *negatives only*, over all ranks.
+  cos_y   [B]  cosine to the own prototype (the owner computes it), and
+  lse_neg [B]  log-sum-exp of the scaled logits of the *negatives only*, over all ranks; one SUM all-reduce for both.
 The loss is then softplus(lse_neg - z_y): exact in fp32 where subtracting the target from a full log-sum-exp is not, no
 clamp on a probability, and every target-only margin is a function of [B] numbers.
 
@@ -133,8 +133,9 @@ class Columns:
 class Negatives:
     """A margin's effect on negatives: z_j = s * value(cos_j, cos_y), with slope = d value / d cos_j.
 
-    Both take cos [B, K] and cos_y [B, 1] and return [B, K]; no gradient ever flows through cos_y here.
-    filter_above: set where value is 0 and slope 0 above this cosine and there is no other effect, for heads with kernels.
+    Both take cos [B, K] and cos_y [B, 1] and return [B, K]; no gradient ever flows through cos_y here. |value| <= 2.
+    filter_above: set where value is 0 and slope 0 above this cosine and there is no other effect, cos_y's neither: for heads
+    with kernels, and to save the all-reduce that makes cos_y known before the negatives are met.
     """
 
     value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -147,13 +148,29 @@ def inverse_norm(rows: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(rows, dim=1).clamp_min_(1e-12).reciprocal_()
 
 
-def combine_lse(top: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exp over ranks from each rank's row maxima `top` [B] (-inf where a rank has no negative) and
-    `total` [B] = sum exp(z - top). Returns [B], -inf only where no rank has a negative. No gradient."""
-    highest = distributed.all_reduce(top.clone(), "max")
-    shift = torch.where(highest.isinf(), torch.zeros_like(highest), highest)
-    total = distributed.all_reduce(total * (top - shift).exp(), "sum")  # exp(-inf - finite) = 0: an empty shard is silent
-    return total.log() + shift
+LARGEST_SCALE = 300.0  # up to it exp(z) of every |z| <= 2 s, and a sum of 1e40 of them, is an ordinary float64
+
+
+def early_cos_y(own: torch.Tensor, negatives: Negatives | None) -> torch.Tensor:
+    """The cosines [B] to give to `negatives`, from this rank's part of them: whole, by a collective, if they look at them."""
+    looks = negatives is not None and negatives.filter_above is None
+    return distributed.all_reduce(own.clone()) if looks else own
+
+
+def combine(own: torch.Tensor, top: torch.Tensor, total: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos_y [B], lse_neg [B]) over ranks. own [B]: cos_y, 0 where another rank has the prototype; top [B]: row maxima, -inf
+    where a rank has no negative; total [B] = sum exp(z - top). lse_neg is -inf only where no rank has a negative. No gradient.
+
+    One all-reduce in float64, whose range holds exp(z) itself, so that no maximum has to be agreed on; three for a scale
+    above LARGEST_SCALE.
+    """
+    if scale > LARGEST_SCALE:
+        highest = distributed.all_reduce(top.clone(), "max")
+        shift = torch.where(highest.isinf(), torch.zeros_like(highest), highest)
+        total = distributed.all_reduce(total * (top - shift).exp())  # exp(-inf - finite) = 0: an empty shard is silent
+        return distributed.all_reduce(own.clone()), total.log() + shift
+    sums = distributed.all_reduce(torch.stack([own.double(), total.double() * top.double().exp()]))
+    return sums[0].to(own.dtype), sums[1].log().to(own.dtype)
 
 
 def objective(cos_y_logit: torch.Tensor, lse_neg: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from protomem import distributed
-from protomem.head.contract import Columns, Negatives, combine_lse
+from protomem.head.contract import Columns, Negatives, combine, early_cos_y
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -21,28 +21,31 @@ class _SumOverRanks(torch.autograd.Function):
         return grad
 
 
-class _LseOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, local):
-        lse = combine_lse(local, torch.ones_like(local).masked_fill(local.isinf(), 0))
-        ctx.save_for_backward(local, lse)
-        return lse
+class _Combine(torch.autograd.Function):
+    """`combine` of the own cosines and this rank's log-sum-exp; gradients as above."""
 
     @staticmethod
-    def backward(ctx, grad):
+    def forward(ctx, own, local, scale):
+        cos_y, lse = combine(own, local, torch.ones_like(local).masked_fill(local.isinf(), 0), scale)
+        ctx.save_for_backward(local, lse)
+        return cos_y, lse
+
+    @staticmethod
+    def backward(ctx, g_cos, grad):
         local, lse = ctx.saved_tensors
         share = torch.where(local.isinf(), torch.zeros_like(local), (local - lse).exp())
-        return grad * share
+        return g_cos, grad * share, None
 
 
-def _sum_over_threshold(logits: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """[B] sum over all ranks' negatives of softplus(z - b), from this rank's logits [B, C] (-inf: no negative)."""
+def _over_threshold(own: torch.Tensor, logits: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos_y, sum over all ranks' negatives of softplus(z - b)) [B], from this rank's own cosines [B] and logits [B, C] (-inf:
+    no negative)."""
     b = threshold.to(logits.dtype)
     over = logits - b.detach()
-    both = torch.stack([-F.logsigmoid(-over).sum(1), over.detach().sigmoid().sum(1)])
-    total, share = _SumOverRanks.apply(both).unbind()
+    parts = torch.stack([own, -F.logsigmoid(-over).sum(1), over.detach().sigmoid().sum(1)])
+    cos_y, total, share = _SumOverRanks.apply(parts).unbind()
     # The value does not change; b gets the gradient of all ranks' negatives, -sigmoid(z - b), on each of them.
-    return total - share.detach() * (b - b.detach())
+    return cos_y, total - share.detach() * (b - b.detach())
 
 
 def dense_head(
@@ -80,23 +83,22 @@ def dense_head(
     own = cos.masked_fill(~is_target, 0).sum(1)
     if columns.own is not None:
         own = torch.where(columns.uses_own, (x * columns.own).sum(1) * owned, own)
-    cos_y = _SumOverRanks.apply(own)
     hidden = is_target if columns.valid is None else is_target | ~columns.valid
     if columns.nearest is not None:
         seen = cos.detach().masked_fill(hidden, float("-inf"))
         seen = torch.cat([seen, seen.new_full((len(x), 1), float("-inf"))], 1)  # a shard may be empty
         columns.nearest.cos, columns.nearest.row = seen.max(1)
     if negatives is not None:
-        value = negatives.value(cos.detach(), cos_y.detach()[:, None])
-        slope = negatives.slope(cos.detach(), cos_y.detach()[:, None])
+        seen = early_cos_y(own.detach(), negatives)[:, None]
+        value, slope = negatives.value(cos.detach(), seen), negatives.slope(cos.detach(), seen)
         cos = value + slope * (cos - cos.detach())
     logits = (scale * cos).masked_fill(hidden, float("-inf"))
     if threshold is not None:
-        return cos_y, _sum_over_threshold(logits, threshold)
+        return _over_threshold(own, logits, threshold)
     # logsumexp has no gradient over a row that is all -inf, and none is wanted: route such rows around it.
     some = ~hidden.all(1) if hidden.shape[1] else torch.zeros_like(owned)
     local = logits.new_full((len(x),), float("-inf"))
     if hidden.shape[1]:
         safe = torch.where(some[:, None], logits, torch.zeros_like(logits)).logsumexp(1)
         local = torch.where(some, safe, local)
-    return cos_y, _LseOverRanks.apply(local)
+    return _Combine.apply(own, local, scale)

@@ -21,7 +21,9 @@ Backward, for each chunk, if the rows have a gradient:
 
 Logits are never stored, and the softmax is exact whatever the scale: exponentials are taken relative to the maximum of their
 own tile of BN classes, so none overflows and what underflows is e^-87 of its tile's largest. No constant shift is needed:
-the maxima cost one reduction in registers, B C / BN numbers, and the [B] all-reduce that `blocked` has as well.
+the maxima cost one reduction in registers and B C / BN numbers.
+
+The prototypes' gradient is put off until the gradient of the embeddings is on its way to the other ranks.
 
 A chunk at B = 1024, D = 512, K = 8192 (the default there: 2 K (B + D) bytes = 24 MiB), bf16 operands:
     FLOPs   2 B K D = 8.6 G for each of the three products; a fourth where e is computed again
@@ -45,7 +47,7 @@ import torch
 from protomem import distributed
 from protomem.errors import UserError
 from protomem.head import kernels
-from protomem.head.contract import Columns, Negatives, combine_lse
+from protomem.head.contract import Columns, Negatives, combine
 from protomem.head.operands import Operands
 from protomem.head.targets import add_to_targets, own_gradients, own_prototypes
 
@@ -207,7 +209,7 @@ class _Head(torch.autograd.Function):
         chunks = _Chunks(x, columns, float(scale), filter_above, operands.half, block)
         b, c = chunks.b, chunks.c
         plain, mine = own_prototypes(x, own, columns)
-        cos_y = distributed.all_reduce((x * mine).sum(1), "sum")
+        own_cos = (x * mine).sum(1)
         inverse = x.new_ones(c)
         kept_count = min(len(chunks.starts), store // max(1, chunks.bytes_kept())) if wants_dw else 0
         kept, kept_top = chunks.exps(kept_count), chunks.per_tile(kept_count)
@@ -234,10 +236,12 @@ class _Head(torch.autograd.Function):
             nearest.row = best_at
         if softmax:
             none = top <= HIDDEN / 2
-            out = level = combine_lse(top.masked_fill(none, float("-inf")), total.masked_fill(none, 0))
+            cos_y, out = combine(own_cos, top.masked_fill(none, float("-inf")), total.masked_fill(none, 0), scale)
+            level = out
         else:
-            out, share = distributed.all_reduce(torch.stack([total, share]), "sum").unbind()
-            out, level, top = out.clone(), threshold, torch.zeros_like(top)
+            sums = distributed.all_reduce(torch.stack([own_cos, total, share]))
+            cos_y, out, share = (t.clone() for t in sums.unbind())
+            level, top = threshold, torch.zeros_like(top)
         chunks.operand = None  # the backward, if it needs one, makes its own: nothing of a chunk waits for it
         ctx.columns, ctx.chunks, ctx.negatives, ctx.operands = columns, chunks, negatives, operands
         ctx.kept, ctx.kept_top, ctx.unified, ctx.has_own = kept, kept_top, not softmax, own is not None
@@ -259,11 +263,15 @@ class _Head(torch.autograd.Function):
         d_own, g_row = own_gradients(x, g_cos, columns, ctx.has_own)
         d_live = _live_gradient(ctx, x, cos_y, level, threshold, weight, g_row) if ctx.has_live else None
         if ctx.wants_dw:
-            if chunks.c:
-                _fill_sink(ctx, inverse, level, threshold, weight)
-                add_to_targets(x, g_row, cos_y, mine, plain, inverse, columns)
-            columns.sink.fresh = False
-        ctx.kept = ctx.kept_top = None
+
+            def fill_sink():
+                if chunks.c:
+                    _fill_sink(ctx, inverse, level, threshold, weight)
+                    add_to_targets(x, g_row, cos_y, mine, plain, inverse, columns)
+                columns.sink.fresh = False
+                ctx.kept = ctx.kept_top = None
+
+            distributed.put_off(fill_sink)
         d_threshold = -(g_out * share).sum()[None] if ctx.unified else None
         return dx, d_own, d_live, None, None, None, None, None, None, None, d_threshold
 

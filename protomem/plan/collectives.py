@@ -10,23 +10,25 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from protomem.head.contract import LARGEST_SCALE
 from protomem.plan.case import Case
 from protomem.plan.hardware import collective_seconds
 
 BUCKET = 25 * 2**20  # bytes of DDP's buckets
 FIRST_BUCKET = 2**20
+ROWS = "prototype gradients"
 
 
 @dataclass(frozen=True)
 class Collective:
     """kind: all_gather, reduce_scatter or all_reduce. size: bytes of the whole result (gather), input (scatter) or buffer, of
-    one of `count` calls. hidden: runs while the encoder's backward computes."""
+    one of `count` calls. behind: what is computed while it runs, "" for nothing."""
 
     name: str
     kind: str
     count: int
     size: float
-    hidden: bool = False
+    behind: str = ""
 
     def seconds(self, case: Case) -> float:
         return self.count * collective_seconds(self.kind, self.size, case.world, case.device, case.fabric)
@@ -39,12 +41,14 @@ def collectives(case: Case) -> list[Collective]:
     c, w = case.config, case.world
     whole = max(sum(row[r] for row in case.parts) for r in range(w))
     quality = c.quality.estimator == "external"
-    out = [Collective("labels" + (" and quality" if quality else ""), "all_gather", 1, 8 * w * whole * (2 if quality else 1))]
+    name, size = "labels" + (" and quality" if quality else ""), 8 * w * whole * (2 if quality else 1)
+    out = [Collective(name, "all_gather", 1, size, behind="encoder forward")]
     # Micro-batches of one size are one line.
     for (longest, images), n in Counter((max(row), sum(row)) for row in case.parts).items():
         out += _of_micro_batch(case, longest, images, n)
     buckets = buckets_of(case.encoder.trained)
-    out.append(Collective("encoder gradients (DDP)", "all_reduce", buckets, case.encoder.trained / buckets, hidden=True))
+    size = case.encoder.trained / buckets
+    out.append(Collective("encoder gradients (DDP)", "all_reduce", buckets, size, behind="encoder backward"))
     if c.encoder.precision == "fp16":
         out.append(Collective("overflow anywhere", "all_reduce", 1, 4))
     if c.optimizer.clip > 0:
@@ -57,17 +61,19 @@ def collectives(case: Case) -> list[Collective]:
 def _of_micro_batch(case: Case, longest: int, images: int, n: int) -> list[Collective]:
     """Of n micro-batches of so many images over all ranks, at most `longest` of them on one: rows travel padded to that."""
     c, w, d, b = case.config, case.world, case.size, 4 * case.views * images
-    terms = 2 if c.prototypes.empirical.enabled else 1
+    terms, apart = 2 if c.prototypes.empirical.enabled else 1, case.learns and c.head.backend == "triton"
     rows = 4 * w * longest * d
     if c.margin.criterion == "unified":
-        over_negatives = [Collective("threshold: sums over the negatives", "all_reduce", n * terms, 2 * b)]
+        statistics = [Collective("own cosines, and sums over the negatives", "all_reduce", n * terms, 3 * b)]
+    elif c.margin.scale <= LARGEST_SCALE:
+        statistics = [Collective("own cosines, and sums over the negatives", "all_reduce", n * terms, 4 * b)]
     else:
-        over_negatives = [Collective(f"softmax: {what}", "all_reduce", n * terms, b) for what in ("largest logit", "sum")]
+        names = "own cosines", "softmax: largest logit", "softmax: sum"
+        statistics = [Collective(name, "all_reduce", n * terms, b) for name in names]
     out = [
         Collective("embeddings", "all_gather", n, case.views * rows),
-        Collective("own cosines", "all_reduce", n * terms, b),
-        *over_negatives,
-        Collective("gradients of embeddings", "reduce_scatter", n, case.views * rows),
+        *statistics,
+        Collective("gradients of embeddings", "reduce_scatter", n, case.views * rows, behind=ROWS if apart else ""),
     ]
     if case.key_encoder:
         out.append(Collective("embeddings of the averaged encoder", "all_gather", n, rows))
@@ -75,10 +81,8 @@ def _of_micro_batch(case: Case, longest: int, images: int, n: int) -> list[Colle
         out.append(Collective("mean of the unrecognizable", "all_reduce", n, 4 * d))
     if case.source == "memory" and c.data.sampler.name == "mixed" and c.data.sampler.pick == "look_alike":
         out.append(Collective("look-alikes", "all_gather", n, 16 * w * images))
-    if c.margin.name == "magface" and c.margin.magnitude.weight > 0:
-        out.append(Collective("MagFace's regulariser, for the log", "all_reduce", n, 4))
     if c.contrast.weight > 0:
-        out.append(Collective("contrast: running margin, and for the log", "all_reduce", 2 * n, 4))
+        out.append(Collective("contrast: running margin", "all_reduce", n, 4))
     if c.encoder.sync_bn:
         channels = case.encoder.channels / max(1, case.encoder.norms)
         out.append(Collective("BatchNorm statistics", "all_gather", n * case.encoder.norms, 4 * w * (2 * channels + 1)))

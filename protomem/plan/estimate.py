@@ -6,10 +6,11 @@ measured, is the floor divided by an assumed efficiency, and what the host needs
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from protomem.plan.case import Case
-from protomem.plan.collectives import collectives
+from protomem.plan.collectives import ROWS, collectives
 from protomem.plan.hardware import ENCODER_EFFICIENCY, GEMM_EFFICIENCY, LAUNCH_US, OVERLAP
 from protomem.plan.memory import moments
 
@@ -101,10 +102,11 @@ class Step:
 
 
 def step(case: Case) -> Step:
-    found = phases(case)
-    compute = sum(p.estimate for p in found)
-    backward = sum(p.estimate for p in found if p.name == "encoder backward")
-    hidden = sum(c.seconds(case) for c in collectives(case) if c.hidden)
-    exposed = sum(c.seconds(case) for c in collectives(case) if not c.hidden) + max(0.0, hidden - OVERLAP * backward)
-    total = compute + exposed
+    found, head, spent = phases(case), _head(case), Counter()
+    for c in collectives(case):
+        spent[c.behind] += c.seconds(case)
+    # The prototypes' gradient is one of the head's GEMMs.
+    room = {p.name: p.estimate for p in found} | {ROWS: head.estimate / 3}
+    exposed = sum(max(0.0, seconds - OVERLAP * room.get(behind, 0.0)) for behind, seconds in spent.items())
+    total = sum(p.estimate for p in found) + exposed
     return Step(sum(p.floor for p in found), total, exposed, case.config.train.batch_size / total)

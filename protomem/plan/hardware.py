@@ -18,7 +18,7 @@ FRAGMENTS = 0.05  # share of what comes and goes in a step that the allocator lo
 ENCODER_EFFICIENCY = 0.4  # of the encoder's floor (assumed)
 GEMM_EFFICIENCY = 0.7  # of the head's GEMMs and of optimizers (assumed)
 LAUNCH_US = 5.0  # host time of one kernel launch from Python (assumed): what small blocks of the head are bound by
-OVERLAP = 0.8  # share of the encoder's backward behind which DDP's all-reduces can hide (assumed)
+OVERLAP = 0.8  # share of a phase behind which its collectives can hide (assumed): DDP's behind the encoder's backward
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def _phase_table(case: Case) -> Table:
 def _collective_table(case: Case) -> Table:
     table = _table("collective, each step", "kind", "count", "MB each", "ms in all")
     for c in collectives(case):
-        name = c.name + (" [dim](behind backward)[/dim]" if c.hidden else "")
+        name = c.name + (f" [dim](behind {c.behind})[/dim]" if c.behind else "")
         table.add_row(name, c.kind.replace("_", "-"), str(c.count), f"{c.size / 1e6:.4g}", _ms(c.seconds(case)))
     return table
 
