@@ -122,6 +122,7 @@ ONLY_WITH = {
     "head.store_mb": ("head.backend", ("blocked", "triton")),
     "optimizer.momentum": ("optimizer.name", ("sgd",)),
     "optimizer.nesterov": ("optimizer.name", ("sgd",)),
+    "optimizer.fuse_prototypes": ("prototypes.source", ("classifier",)),
     "optimizer.betas": ("optimizer.name", ("adamw", "lamb")),
     "optimizer.eps": ("optimizer.name", ("adamw", "lamb")),
     "schedule.power": ("schedule.decay", ("polynomial",)),
