@@ -174,7 +174,9 @@ def optimizers_from(config: DictConfig, encoder, prototypes, criterion) -> dict[
             prototypes.sink.update = BlockUpdate(built["prototypes"], prototypes.weight)
     elif o.name == "sgd":
         del group["sharded"]
-        built["prototypes"] = optim.RowSGD([group], o.lr, o.momentum, head_decay, o.nesterov)
+        built["prototypes"] = optim.RowSGD([group], o.lr, o.momentum, head_decay, o.nesterov, o.untouched)
+        if o.untouched == "exact":
+            prototypes.before_use = built["prototypes"].catch_up
     else:
         del group["sharded"]
         built["prototypes"] = optim.RowAdamW([group], o.lr, tuple(o.betas), o.eps, head_decay)

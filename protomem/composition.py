@@ -161,6 +161,13 @@ def _optimizer_mistakes(config: DictConfig) -> Iterator[str]:
         yield "optimizer.name=lamb has no row-sparse form; use sgd or adamw with prototypes.source=sampled"
     if o.nesterov and o.momentum == 0:
         yield "optimizer.nesterov has no effect with optimizer.momentum=0; remove it"
+    decay = o.weight_decay if o.head.weight_decay is None else o.head.weight_decay
+    if o.untouched == "exact" and o.name != "sgd":
+        yield (
+            f"optimizer.untouched=exact with optimizer.name={o.name}: its missed steps have no closed form; use sgd, or untouched=lazy"
+        )
+    elif o.untouched == "exact" and o.momentum == 0 and decay == 0:
+        yield "optimizer.untouched=exact has no effect without momentum and weight decay; remove it"
     if o.fuse_prototypes:
         yield from _fused_update_mistakes(config)
 

@@ -196,6 +196,7 @@ class Optimizer:
     clip: float = 0.0
     fused: Optional[bool] = None
     fuse_prototypes: bool = False
+    untouched: str = "lazy"
     head: HeadOptimizer = field(default_factory=HeadOptimizer)
 
 

@@ -1,6 +1,8 @@
 """Updates of the classifier inside the head's backward: the same run, bit for bit, as with a gradient and an optimizer step."""
 
 import functools
+import shutil
+
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from protomem.prototypes.classifier import ClassifierShard
 from protomem.step import MicroBatch, forward_backward
 from tests.ranks import run_ranks
 from tests.test_head import Largest
+from tests.test_training import run as trained
 
 HARDER = Negatives(  # as CurricularFace: negatives above the positive count more
     value=lambda cos, cos_y: torch.where(cos > cos_y - 0.3, cos * (0.4 + cos), cos),
@@ -140,3 +143,13 @@ def test_a_second_loss_term_is_an_error_not_a_wrong_step():
     terms = [HEADS["blocked"](x, shard.columns(labels), 8.0)[1].sum() for _ in range(2)]
     with pytest.raises(RuntimeError, match="a single loss term"):
         sum(terms).backward()
+
+
+def test_a_run_may_switch_it_on_when_it_goes_on_with_other_ranks(small_set, tmp_path):
+    """Same names and shapes of the saved state; from there on the same losses, to the last digit."""
+    more = ("optimizer.clip=0", "schedule.decay=constant", "schedule.warmup_steps=0", "optimizer.name=adamw")
+    trained(2, small_set, tmp_path / "plain", *more, "schedule.steps=3")
+    shutil.copytree(tmp_path / "plain", tmp_path / "fused", symlinks=True)
+    plain = trained(3, small_set, tmp_path / "plain", *more, "schedule.steps=6")
+    fused = trained(3, small_set, tmp_path / "fused", *more, "schedule.steps=6", "optimizer.fuse_prototypes=true")
+    assert plain == fused and len(plain) == 6
