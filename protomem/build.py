@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from protomem import distributed, optim
+from protomem.block_update import BlockUpdate
 from protomem.data.memory_samplers import GroupSampler, MixedSampler
 from protomem.data.pipeline import read_ahead
 from protomem.data.sampler import BalancedSampler, ShuffledSampler
@@ -169,9 +170,13 @@ def optimizers_from(config: DictConfig, encoder, prototypes, criterion) -> dict[
     group = {"params": [prototypes.weight], "lr_scale": ratio, "weight_decay": head_decay, "sharded": True}
     if not prototypes.row_sparse:
         built["prototypes"] = optim.build_optimizer([group], o.name, lr=o.lr, fused=o.fused, **options)
+        if o.fuse_prototypes:
+            prototypes.sink.update = BlockUpdate(built["prototypes"], prototypes.weight)
     elif o.name == "sgd":
         del group["sharded"]
-        built["prototypes"] = optim.RowSGD([group], o.lr, o.momentum, head_decay, o.nesterov)
+        built["prototypes"] = optim.RowSGD([group], o.lr, o.momentum, head_decay, o.nesterov, o.untouched)
+        if o.untouched == "exact":
+            prototypes.before_use = built["prototypes"].catch_up
     else:
         del group["sharded"]
         built["prototypes"] = optim.RowAdamW([group], o.lr, tuple(o.betas), o.eps, head_decay)

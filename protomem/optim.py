@@ -16,6 +16,9 @@ from torch import nn
 from protomem import distributed
 from protomem.errors import UserError
 from protomem.lamb import LAMB, check_adam, choose_lamb  # noqa: F401  LAMB is part of this module
+from protomem.missed_steps import MissedSteps
+
+ROWS = 4096  # that are brought up to date at a time when all are
 
 
 def encoder_groups(encoder: nn.Module, weight_decay: float, no_decay_norm: bool = False) -> list[dict]:
@@ -95,7 +98,7 @@ def _torch_fused(params: list[torch.Tensor], fused: bool | None) -> bool:
 class _RowOptimizer(torch.optim.Optimizer):
     """Steps rows of [C,D] parameters by `param.row_grad = (index int64 [S], grad [S,D])`; each row at most once.
 
-    All other rows and their state stay as they are, bit for bit: no decay, no fading momentum. A parameter whose
+    All other rows and their state stay as they are, bit for bit: no decay, no fading momentum (but see RowSGD). A parameter whose
     row_grad is missing or None is left alone. State has the parameter's full size and exists from the start, so that
     a checkpoint can be loaded into it before the first step.
     """
@@ -119,14 +122,31 @@ class _RowOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 p.row_grad = None
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        counts = [{k: v for k, v in state.items() if v.dtype == torch.int64} for state in state_dict["state"].values()]
+        super().load_state_dict(state_dict)  # casts all state to the parameter's type, counts too: undo that
+        for state, exact in zip(self.state.values(), counts):
+            state.update({k: v.to(state[k].device, copy=True) for k, v in exact.items()})
+
 
 class RowSGD(_RowOptimizer):
     """torch.optim.SGD (momentum, Nesterov, coupled weight decay) on the rows that got a gradient; see _RowOptimizer.
 
     Equal to torch.optim.SGD while every row is active in every step. State: `momentum_buffer` [C,D].
+    untouched: `lazy` leaves the other rows as they are. `exact`: they are where torch.optim.SGD with a gradient of zero has
+    them, from `catch_up` on, which is called for rows before they are read (protomem/missed_steps.py has the closed form);
+    more state: `last_step` int64 [C], the step up to which each row is.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, nesterov: bool = False):
+    def __init__(
+        self,
+        params,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        untouched: str = "lazy",
+    ):
         if lr < 0 or momentum < 0 or weight_decay < 0 or (nesterov and momentum == 0):
             raise UserError(
                 f"lr={lr}, momentum={momentum} and weight_decay={weight_decay} must not be negative, and nesterov "
@@ -136,8 +156,45 @@ class RowSGD(_RowOptimizer):
         for group in self.param_groups:
             for p in group["params"] if group["momentum"] else ():
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        self.missed, self.caught = {}, None
+        for p in (p for group in self.param_groups for p in group["params"] if untouched == "exact"):
+            self.state[p]["last_step"] = torch.zeros(len(p), dtype=torch.int64, device=p.device)
+            self.missed[p] = MissedSteps(p.device)
+
+    @torch.no_grad()
+    def catch_up(self, index: torch.Tensor | None = None) -> None:
+        """Make up for the steps that the rows index [S] missed (None: all rows). Nothing happens with untouched=lazy."""
+        for p, missed in self.missed.items():
+            state = self.state[p]
+            if missed.now is None:  # of a new run, or of a checkpoint, where all rows were up to date
+                missed.now = int(state["last_step"].max()) if len(p) else 0
+            parts = [index] if index is not None else torch.arange(len(p), device=p.device).split(ROWS)
+            for rows in parts:
+                factors = missed.factors(state["last_step"][rows]).to(p.dtype)[..., None]  # [S,2,2,1]
+                w, buffer = p[rows], state.get("momentum_buffer")
+                if buffer is None:
+                    p.index_copy_(0, rows, w.mul_(factors[:, 0, 0]))
+                else:
+                    b = buffer[rows]
+                    p.index_copy_(0, rows, torch.addcmul(w * factors[:, 0, 0], b, factors[:, 0, 1]))
+                    buffer.index_copy_(0, rows, b.mul_(factors[:, 1, 1]).addcmul_(w, factors[:, 1, 0]))
+                state["last_step"].index_fill_(0, rows, missed.now)
+            if index is None:
+                missed.forget()
+        self.caught = index
 
     def _step_rows(self, group: dict, p: torch.Tensor, index: torch.Tensor, grad: torch.Tensor) -> None:
+        if (missed := self.missed.get(p)) is not None:
+            if index is not self.caught:
+                self.catch_up(index)
+            if missed.full:
+                self.catch_up()
+        self._step_current(group, p, index, grad)
+        if missed is not None:
+            missed.took(*(group[key] for key in ("lr", "momentum", "weight_decay", "nesterov")))
+            self.state[p]["last_step"].index_fill_(0, index, missed.now)
+
+    def _step_current(self, group: dict, p: torch.Tensor, index: torch.Tensor, grad: torch.Tensor) -> None:
         rows, momentum = p.index_select(0, index), group["momentum"]  # [S,D]
         step = torch.add(grad, rows, alpha=group["weight_decay"])
         if momentum:
@@ -162,12 +219,6 @@ class RowAdamW(_RowOptimizer):
             for p in group["params"]:
                 zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
                 self.state[p].update(row_step=torch.zeros(len(p), dtype=torch.int64, device=p.device), **zeros)
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        counts = [state["row_step"] for state in state_dict["state"].values()]
-        super().load_state_dict(state_dict)  # casts all state to the parameter's type, counts too: undo that
-        for state, count in zip(self.state.values(), counts):
-            state["row_step"] = count.to(state["row_step"].device, torch.int64)
 
     def _step_rows(self, group: dict, p: torch.Tensor, index: torch.Tensor, grad: torch.Tensor) -> None:
         state, (beta1, beta2) = self.state[p], group["betas"]

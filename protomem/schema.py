@@ -195,6 +195,8 @@ class Optimizer:
     no_decay_norm: bool = False
     clip: float = 0.0
     fused: Optional[bool] = None
+    fuse_prototypes: bool = False
+    untouched: str = "lazy"
     head: HeadOptimizer = field(default_factory=HeadOptimizer)
 
 

@@ -145,6 +145,8 @@ class Run:
 
     def save(self) -> Path:
         self._check_finite()
+        if isinstance(rows := self.optimizers.get("prototypes"), optim.RowSGD):
+            rows.catch_up()
         tensors = state.named_state(self._modules(), self.optimizers)
         floats = torch.stack([t.detach().isfinite().all() for t in tensors.values() if t.is_floating_point()])
         self.finite *= distributed.all_reduce(floats.all().float(), "min")

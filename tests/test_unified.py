@@ -134,8 +134,8 @@ def test_bf16_operands_cost_one_percent_of_the_gradient():
         sink.begin(rows.to(dtype))
         HEADS[head](leaf, Columns(rows.to(dtype), target, sink), 64.0, threshold=bias, **options)[1].mean().backward()
         grads.append((leaf.grad.double(), sink.buffer.double(), bias.grad.double()))
-    for a, b in zip(*grads):
-        assert 1e-6 < (a - b).norm() / a.norm() < 0.012
+    errors = [((a - b).norm() / a.norm()).item() for a, b in zip(*grads)]
+    assert max(errors) < 0.012 and min(errors[:2]) > 1e-4  # the threshold's comes from logits alone, which may be fp32
 
 
 # --- a memory, the config ---------------------------------------------------------------------------------------------

@@ -42,6 +42,9 @@ CASES = {
     "injection_unit": dict(share=0.3, unit=True, hidden=True, calls=2),
     "injection_everywhere": dict(share=1.0, threshold=1.0, mapped=True),
     "constant_injected": dict(share=0.3, unit=True, mapped=True, sink=False),
+    "updated": dict(updated=True, **FILTERED),
+    "updated_injection": dict(updated=True, share=0.3, mapped=True),
+    "updated_unit": dict(updated=True, unit=True, hidden=True, threshold=2.0),
     "x_is_constant": dict(calls=2, frozen=True, own=True),
 }
 STORES = (0, 0.004, 16)  # exponentials of no chunk, of one or two, of all
@@ -74,6 +77,20 @@ def problem(
     return p
 
 
+class Collected:
+    """In the place of an update inside the backward: what it is given for each block. Rows change, as they would."""
+
+    def __init__(self, rows):
+        self.rows, self.gradient = rows, torch.full_like(rows, 7)
+
+    def begin(self):
+        pass
+
+    def __call__(self, start, stop, grad):
+        self.gradient[start:stop] = grad
+        self.rows[start:stop] = -3
+
+
 def compute(head: str, case: dict, p: dict, dtype, **options) -> dict:
     """All results of this rank's shard: values that are equal on every rank, gradients of which the ranks' sum counts, and
     those of the shard."""
@@ -103,8 +120,10 @@ def compute(head: str, case: dict, p: dict, dtype, **options) -> dict:
         threshold = leaves["d_b"] = torch.tensor([case["threshold"]], dtype=dtype).requires_grad_()
     margin = build_margin(scale=case["scale"], **case["margin"])
     if sink is not None:
-        sink.begin(rows)
-        sink.buffer.fill_(7)  # the first write overwrites
+        if case.get("updated") and head == "triton":
+            sink.update = Collected(rows)
+        if sink.begin(rows) is not None:
+            sink.buffer.fill_(7)  # the first write overwrites
     for _ in range(case.get("calls", 1)):
         cos_y, out = HEADS[head](x, columns, margin.scale, margin.negatives, threshold=threshold, **options)
         z_y = margin.scale * margin.target(cos_y, None)
@@ -116,7 +135,7 @@ def compute(head: str, case: dict, p: dict, dtype, **options) -> dict:
         if t.requires_grad:
             found[name] = torch.zeros_like(t) if t.grad is None else t.grad
     if sink is not None:
-        found["rows"] = sink.buffer
+        found["rows"] = sink.buffer if sink.update is None else sink.update.gradient
     if columns.nearest is not None:
         found |= dict(near=columns.nearest.cos, near_row=columns.nearest.row)
     return {name: t.detach().double() for name, t in found.items()}

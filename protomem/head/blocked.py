@@ -21,7 +21,7 @@ from protomem import distributed
 from protomem.head.contract import Columns, Negatives, combine, early_cos_y, inverse_norm
 from protomem.head.mixer import Mixer, restoring
 from protomem.head.operands import Operands
-from protomem.head.targets import add_to_targets, own_gradients, own_prototypes
+from protomem.head.targets import add_to_targets, own_gradients, own_prototypes, target_gradients
 
 HIDDEN = -1e30  # a logit that is not there: finite, so that 0 * HIDDEN is 0
 
@@ -77,7 +77,7 @@ class _Head(torch.autograd.Function):
     @restoring
     def forward(ctx, x, own, live, columns: Columns, scale, negatives, operands, block, store, keep, threshold):
         rows, (b, c) = columns.rows, (len(x), len(columns.rows))
-        mixer = ctx.mixer = Mixer(columns, operands, x, block) if columns.injection is not None and c else None
+        mixer = ctx.mixer = Mixer(columns, x, block) if columns.injection is not None and c else None
         plain, mine = own_prototypes(x, own, columns)
         own_cos = (x * mine).sum(1)
         seen_cos = early_cos_y(own_cos, negatives)[:, None]
@@ -86,7 +86,7 @@ class _Head(torch.autograd.Function):
         kept = _pool.take(kept_blocks, b * block, x) if kept_blocks else None
         threshold = None if threshold is None else threshold.to(x.dtype)
         scratch = _pool.take(2, b * block, x) if c else None
-        xg = operands.prepare(x)
+        xl = operands.prepare_logits(x)
         above = x.new_zeros(2, b)  # with a threshold: sums of softplus(z - b) and of its derivative
         top, total = x.new_full((b,), HIDDEN), x.new_zeros(b)
         nearest = columns.nearest
@@ -98,8 +98,8 @@ class _Head(torch.autograd.Function):
             if not columns.unit:
                 inverse[start:stop] = inverse_norm(w.to(x.dtype))
             z = _view(kept[k] if k < kept_blocks else scratch[0], b, stop - start)
-            wg = operands.prepare(w) if mixer is None else mixer.put(start, stop, inverse)
-            operands.matmul(xg, wg.t(), out=z)
+            w = w if mixer is None else mixer.put(start, stop, inverse)
+            operands.matmul(xl, operands.prepare_logits(w).t(), out=z)
             if mixer is not None:
                 mixer.restore()
             z.mul_(inverse[start:stop] * scale)
@@ -146,21 +146,28 @@ class _Head(torch.autograd.Function):
         columns, scale, operands, block = ctx.columns, ctx.scale, ctx.operands, ctx.block
         rows, sink, (b, c) = columns.rows, columns.sink, (len(x), len(columns.rows))
         scratch = _pool.take(2, b * block, x) if c else None
-        xg = operands.prepare(x)
+        xl, xg = operands.prepare_logits(x), operands.prepare(x)
         dx = mine * g_cos[:, None]
         place = ctx.live
-        mixer = ctx.mixer = Mixer(columns, operands, x, block, ctx.inverse_w) if ctx.inverse_w is not None else None
+        mixer = ctx.mixer = Mixer(columns, x, block, ctx.inverse_w) if ctx.inverse_w is not None else None
         seen_live = x.new_zeros(b, len(place)) if place is not None else None  # [B, L] d loss / d z of the live rows
         factor = (g_out * scale)[:, None]
         shift = torch.where(level.isinf(), torch.zeros_like(level), level)[:, None]
         steep = torch.sigmoid_ if ctx.unified else _exp  # d out / d z_j from z_j - shift
+        d_own, g_row = own_gradients(x, g_cos, columns, ctx.has_own)
+        update = None if sink is None else sink.update
+        if sink is not None:
+            sink.once()
+            to_targets = target_gradients(x, g_row, cos_y, mine, plain, inverse, columns) if c else None
+            room = _pool.take(block, x.shape[1], x) if c and update is not None else None  # a block's gradient
         for k, start in enumerate(range(0, c, block)):
             stop = min(start + block, c)
             w = rows[start:stop]
-            wg = operands.prepare(w) if mixer is None else mixer.put(start, stop)
+            v = w if mixer is None else mixer.put(start, stop)
+            wg = operands.prepare(v)
             z = _view(ctx.kept[k] if k < ctx.kept_blocks else scratch[0], b, stop - start)
             if k >= ctx.kept_blocks:
-                operands.matmul(xg, wg.t(), out=z)
+                operands.matmul(xl, (operands.prepare_logits(v) if operands.units else wg).t(), out=z)
                 z.mul_(inverse[start:stop] * scale)
                 _hide(z, columns, start, stop)
             p = _view(scratch[1], b, stop - start)
@@ -181,7 +188,7 @@ class _Head(torch.autograd.Function):
                 inside = (place >= start) & (place < stop)
                 seen_live += p[:, (place - start).clamp(0, stop - start - 1)] * inside
             if sink is not None:
-                grad = sink.buffer[start:stop]
+                grad = sink.buffer[start:stop] if update is None else room[: stop - start]
                 before = None if mixer is None or sink.fresh else mixer.take_out(grad)
                 if sink.fresh:
                     operands.matmul(pg.t(), xg, out=grad)
@@ -193,16 +200,18 @@ class _Head(torch.autograd.Function):
                     grad.addcmul_(w, along[:, None])
                 if mixer is not None:
                     mixer.carry(grad, along, before)
+                if update is not None:
+                    add_to_targets(to_targets, columns, grad, start)
+                    update(start, stop, grad)
         d_live = None
-        d_own, g_row = own_gradients(x, g_cos, columns, ctx.has_own)
         if place is not None:
             seen_live += ((columns.target[:, None] == place) & (place >= 0)) * g_row[:, None]
             d_live = seen_live.t() @ x
         if sink is not None:
-            if c:
-                add_to_targets(x, g_row, cos_y, mine, plain, inverse, columns)
+            if c and update is None:
+                add_to_targets(to_targets, columns, sink.buffer)
             sink.fresh = False
-        for buffer in (scratch, ctx.kept):
+        for buffer in (scratch, ctx.kept, room if sink is not None else None):
             if buffer is not None:
                 _pool.give(buffer)
         ctx.kept = None
@@ -235,6 +244,6 @@ def blocked_head(
     live = columns.live.rows if columns.live is not None else None
     graphs = any(t is not None and t.requires_grad for t in (x, columns.own, live, threshold))
     keep = torch.is_grad_enabled() and (graphs or columns.sink is not None)
-    operands = Operands(precision, x.dtype)
+    operands = Operands(precision, x.dtype, x.device)
     store = int(store_mb * 2**20)
     return _Head.apply(x, columns.own, live, columns, scale, negatives, operands, block, store, keep, threshold)

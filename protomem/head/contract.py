@@ -28,18 +28,31 @@ class GradSink:
 
     A fresh gradient of a large shard costs more in page faults than in arithmetic, so the buffer is reused: the first
     write of a step overwrites, later ones (gradient accumulation, several loss terms) add.
+
+    update: takes the place of the buffer (a BlockUpdate, protomem/block_update.py): what a head computes for a block of rows
+    goes there at once, complete, and the rows change. A step has one write then. None: there is the buffer.
     """
 
     def __init__(self):
         self.buffer: torch.Tensor | None = None
+        self.update = None
         self.fresh = True
 
-    def begin(self, like: torch.Tensor) -> torch.Tensor:
-        """Start a step; returns the buffer [C, D] that the first write will overwrite."""
+    def begin(self, like: torch.Tensor) -> torch.Tensor | None:
+        """Start a step; returns the buffer [C, D] that the first write will overwrite, if there is one."""
+        if self.update is not None:
+            self.update.begin()
+            self.buffer, self.fresh = None, True
+            return None
         if self.buffer is None or self.buffer.shape != like.shape or self.buffer.dtype != like.dtype:
             self.buffer = torch.zeros_like(like)
         self.fresh = True
         return self.buffer
+
+    def once(self) -> None:
+        """Refuse a second write in a step where rows have changed with the first."""
+        if self.update is not None and not self.fresh:
+            raise RuntimeError("rows that are updated inside the backward take a single loss term in a step")
 
     def add(self, grad: torch.Tensor) -> None:
         """Add one whole gradient [C, D] (used by `dense`; `blocked` writes block by block)."""

@@ -21,7 +21,6 @@ import functools
 import torch
 
 from protomem.head.contract import Columns, inverse_norm
-from protomem.head.operands import Operands
 
 ASKS = {"cpu"}  # devices that are asked which rows are injected
 
@@ -32,13 +31,11 @@ class Mixer:
     inverse_w [C]: 1 / |w|, 1 for unit rows; the forward pass collects it for the backward pass.
     """
 
-    def __init__(
-        self, columns: Columns, operands: Operands, x: torch.Tensor, block: int, inverse_w: torch.Tensor | None = None
-    ):
+    def __init__(self, columns: Columns, x: torch.Tensor, block: int, inverse_w: torch.Tensor | None = None):
         i = columns.injection
         self.rows, self.unit = columns.rows, columns.unit
         self.features, self.place, self.weight = i.features, i.row, i.weight.to(x.dtype)
-        self.operands, self.dtype, self.block = operands, x.dtype, block
+        self.dtype, self.block = x.dtype, block
         self.odds = self.weight / (1 - self.weight)
         self.injected = self.weight.nonzero().squeeze(1) if x.device.type in ASKS else None
         if self.injected is not None:  # ascending; those of block k stand from edges[k] to edges[k + 1]. Never on a GPU: `ASKS`
@@ -50,7 +47,7 @@ class Mixer:
     # --- a block ---------------------------------------------------------------------------------------------------
 
     def put(self, start: int, stop: int, inverse: torch.Tensor | None = None) -> torch.Tensor:
-        """The block of rows start:stop as an operand [K, D] with v in the place of w, until `restore`.
+        """The block of rows start:stop [K, D], in the sums' precision, with v in the place of w, until `restore`.
 
         inverse [C] (forward): holds 1 / |w| of these rows, or 1, and gets 1 / |v| where they are injected.
         """
@@ -70,11 +67,11 @@ class Mixer:
         if inverse is not None:
             inverse[at] = inverse_norm(v) if self.mixed is None else torch.where(self.mixed, inverse_norm(v), inverse[at])
         if self.active is None:
-            return self.operands.prepare(v)
-        operand = self.operands.prepare(block)
-        if operand is block:
+            return v
+        mixed = block.to(self.dtype)  # a copy of rows that are stored in bf16, else the shard itself
+        if mixed is block:
             self.swapped = block
-        return operand.index_copy_(0, self.active, self.operands.prepare(v))
+        return mixed.index_copy_(0, self.active, v)
 
     def _take(self, source: torch.Tensor, at, room: torch.Tensor) -> torch.Tensor:
         if isinstance(at, slice) or source.dtype != self.dtype:

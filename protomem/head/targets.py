@@ -42,7 +42,7 @@ def own_gradients(
     return x * (g_cos * ((columns.target >= 0) & columns.uses_own))[:, None], g_cos * ~columns.uses_own
 
 
-def add_to_targets(
+def target_gradients(
     x: torch.Tensor,
     g_row: torch.Tensor,
     cos_y: torch.Tensor,
@@ -50,14 +50,22 @@ def add_to_targets(
     plain: torch.Tensor,
     inverse: torch.Tensor,
     columns: Columns,
-) -> None:
-    """Add what reaches the target rows through cos_y to the sink. inverse [C]: 1 / |row as the head sees it|."""
+) -> torch.Tensor:
+    """[B, D]: what reaches the target rows through cos_y; 0 where another rank has them. inverse [C]: 1 / |row as the head
+    sees it|."""
     tangent = x - cos_y[:, None] * mine
     if columns.unit:  # rows that count as they are: d cos_y / d w is x, and with a feature what is tangential of it
         tangent = x if columns.injection is None else torch.where(_features(columns, x.dtype)[0] > 0, tangent, x)
     elif columns.injection is not None:
         tangent = tangent - (tangent * plain).sum(1, keepdim=True) * plain
-    row = columns.target.clamp_min(0)
-    share = (columns.target >= 0).to(x.dtype) * inverse[row]
-    buffer = columns.sink.buffer
-    buffer.index_add_(0, row, (tangent * g_row[:, None] * share[:, None]).to(buffer.dtype))
+    share = (columns.target >= 0).to(x.dtype) * inverse[columns.target.clamp_min(0)]
+    return (tangent * g_row[:, None] * share[:, None]).to(columns.rows.dtype)
+
+
+def add_to_targets(gradients: torch.Tensor, columns: Columns, grad: torch.Tensor, start: int = 0) -> None:
+    """Add `target_gradients` [B, D] to the gradient grad [K, D] of rows start:start + K. No host sync: what has no place
+    there adds zeros, to different rows, because GPUs take additions to one row in turn."""
+    row, count = columns.target - start, len(grad)
+    inside = (row >= 0) & (row < count) & (columns.target >= 0)
+    anywhere = torch.arange(len(row), device=row.device) % count
+    grad.index_add_(0, torch.where(inside, row, anywhere), gradients.masked_fill(~inside[:, None], 0))

@@ -49,7 +49,7 @@ from protomem.errors import UserError
 from protomem.head import kernels
 from protomem.head.contract import Columns, Negatives, combine
 from protomem.head.operands import Operands
-from protomem.head.targets import add_to_targets, own_gradients, own_prototypes
+from protomem.head.targets import add_to_targets, own_gradients, own_prototypes, target_gradients
 
 HIDDEN = -1e30  # a logit that is not there
 L2_BYTES = 24 * 2**20  # of exponentials and operands in a chunk, both bf16 (our default: half of an H100's cache)
@@ -186,11 +186,11 @@ class _Chunks:
         grid = (-(-self.b // tiles.m), -(-self.d // tiles.d), splits)
         launch(self.make.add_dx, grid, *args, BM=tiles.m, BN=tiles.n, BK=tiles.k, BD=tiles.d, **self.product)
 
-    def row_grads(self, start, exps, inverse, tops, level, weight, room: torch.Tensor | None) -> None:
-        """The chunk's part of the sink. room [K, D] fp32 is needed unless rows are unit and have no features."""
+    def row_grads(self, start, exps, inverse, tops, level, weight, room: torch.Tensor | None, out) -> None:
+        """The chunk's gradient, into out [K, D] (or added to it). room [K, D] fp32 is needed unless rows are unit and have no features."""
         start, stop, t = self.span(start)
         tiles, columns, k = self.tiles, self.columns, stop - start
-        out, add = columns.sink.buffer[start:stop], not columns.sink.fresh
+        add = not columns.sink.fresh
         first = out if room is None else room
         args = (exps, self.x, inverse[start:stop], tops, level, weight, first, self.b, k, self.d, self.k)
         more = dict(ADD=add and room is None, BM=tiles.k, BN=tiles.n, BD=tiles.d, **self.product)
@@ -263,11 +263,12 @@ class _Head(torch.autograd.Function):
         d_own, g_row = own_gradients(x, g_cos, columns, ctx.has_own)
         d_live = _live_gradient(ctx, x, cos_y, level, threshold, weight, g_row) if ctx.has_live else None
         if ctx.wants_dw:
+            columns.sink.once()
 
             def fill_sink():
                 if chunks.c:
-                    _fill_sink(ctx, inverse, level, threshold, weight)
-                    add_to_targets(x, g_row, cos_y, mine, plain, inverse, columns)
+                    to_targets = target_gradients(x, g_row, cos_y, mine, plain, inverse, columns)
+                    _fill_sink(ctx, inverse, level, threshold, weight, to_targets)
                 columns.sink.fresh = False
                 ctx.kept = ctx.kept_top = None
 
@@ -276,9 +277,11 @@ class _Head(torch.autograd.Function):
         return dx, d_own, d_live, None, None, None, None, None, None, None, d_threshold
 
 
-def _fill_sink(ctx, inverse, level, threshold, weight) -> None:
-    """All negatives' gradients into the shard's buffer, chunk by chunk."""
+def _fill_sink(ctx, inverse, level, threshold, weight, to_targets) -> None:
+    """All gradients of the rows into the shard's buffer, chunk by chunk, or each chunk's at once into the rows' update."""
     columns, chunks, softmax = ctx.columns, ctx.chunks, threshold is None
+    update = columns.sink.update
+    own = None if update is None else torch.empty_like(columns.rows[: chunks.k])  # a chunk's gradient
     kept_count, x = len(ctx.kept), chunks.x
     room = x.new_empty(chunks.k, chunks.d, dtype=torch.float32) if not columns.unit or columns.injection is not None else None
     again = kept_count < len(chunks.starts)
@@ -292,7 +295,14 @@ def _fill_sink(ctx, inverse, level, threshold, weight) -> None:
         else:
             exps, tops = scratch, tile_top
             chunks.logits(start, chunks.operands(start, inverse), inverse, threshold, exps, tops, tile_sum, tile_share)
-        chunks.row_grads(start, exps, inverse, tops, level, weight, room)
+        start, stop, _ = chunks.span(start)
+        grad = columns.sink.buffer[start:stop] if update is None else own[: stop - start]
+        chunks.row_grads(start, exps, inverse, tops, level, weight, room, grad)
+        if update is not None:
+            add_to_targets(to_targets, columns, grad, start)
+            update(start, stop, grad)
+    if update is None:
+        add_to_targets(to_targets, columns, columns.sink.buffer)
     chunks.operand = None
 
 
@@ -303,7 +313,8 @@ def _live_gradient(ctx, x, cos_y, level, threshold, weight, g_row) -> torch.Tens
     row = place.clamp_min(0)
     p = x.new_zeros(len(x), len(place))
     if ctx.chunks.c:
-        cos = operands.matmul(operands.prepare(x), operands.prepare(columns.rows[row]).t(), out=x.new_empty(len(x), len(place)))
+        pair = operands.prepare_logits(x), operands.prepare_logits(columns.rows[row]).t()
+        cos = operands.matmul(*pair, out=x.new_empty(len(x), len(place)))
         hidden = (target == place) | (place < 0)
         if columns.valid is not None:
             hidden |= ~columns.valid[row]
@@ -346,6 +357,6 @@ def triton_head(
     graphs = any(t is not None and t.requires_grad for t in (x, columns.own, live, threshold))
     keep = torch.is_grad_enabled() and (graphs or columns.sink is not None)
     wants = keep and x.requires_grad, keep and columns.sink is not None
-    operands = Operands(precision, x.dtype)
+    operands = Operands(precision, x.dtype, x.device)
     store = int(store_mb * 2**20)
     return _Head.apply(x, columns.own, live, columns, scale, negatives, operands, block, store, wants, threshold)

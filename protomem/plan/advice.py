@@ -51,6 +51,7 @@ def changes(case: Case) -> list[Change]:
         ((f"encoder.embedding_size={case.size // 2}",), "smaller embeddings"),
     ]
     if case.source == "classifier":
+        tried.append((("optimizer.fuse_prototypes=true",), "the same updates inside the backward: no gradient of the rows"))
         sampled = ("prototypes.source=sampled", "prototypes.rate=0.1")
         tried.append((sampled, "Partial FC: no gradient of the rows that are not drawn"))
     if case.source == "sampled":

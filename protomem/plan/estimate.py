@@ -84,7 +84,8 @@ def _optimizers(case: Case) -> Phase:
     if case.key_encoder:
         moved += 3 * case.encoder.weights
     if case.source != "memory":
-        moved += passes * 4.0 * case.active * case.size
+        fused = case.config.optimizer.fuse_prototypes  # the gradient comes from the head's cache
+        moved += (passes - fused) * 4.0 * case.active * case.size
     elif case.learns:
         moved += 5 * 4.0 * case.active * case.size  # step, norm, division
     floor = moved / (d.bandwidth * 1e12)

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from protomem.head.operands import has_units
+from protomem.missed_steps import MOST
 from protomem.plan.case import Case
 from protomem.plan.hardware import CONTEXT_GB, FRAGMENTS, NCCL_GB
 
@@ -88,12 +92,14 @@ def _prototypes(case: Case) -> dict[str, float]:
         out["gradient of memory rows"] = rows * row if case.learns else 0
     else:
         out["classifier rows"] = rows * row
-        counts = 8 * rows if case.source == "sampled" and case.config.optimizer.name == "adamw" else 0
+        o = case.config.optimizer
+        counts = 8 * rows if case.source == "sampled" and (o.name == "adamw" or o.untouched == "exact") else 0
+        counts += 32 * (MOST + 1) if o.untouched == "exact" else 0  # the table of missed steps
         out["optimizer of the rows"] = moments(case) * rows * row + counts
         if case.source == "sampled":
             out["active rows and their gradient"] = 2 * case.active * row + 8 * case.active
         else:
-            out["gradient of the rows"] = rows * row
+            out["gradient of the rows"] = 0 if o.fuse_prototypes else rows * row
     if p.injection.weight > 0:
         out["features to inject (VPL)"] = rows * (row + 8)
     if p.empirical.enabled:
@@ -109,6 +115,7 @@ def _head_buffers(case: Case) -> dict[str, float]:
     return {
         "kept logits (head.store_mb)": one * case.kept_blocks * terms,
         "scratch blocks of the head": 2 * one,
+        "gradient of a block": 4 * case.block * case.size if case.config.optimizer.fuse_prototypes else 0,
     }
 
 
@@ -134,6 +141,8 @@ def _phases(case: Case) -> dict[str, dict[str, float]]:
     }
     if case.source == "sampled":
         drawn = case.active * (4 * case.size + 4 + 8 + 8 + 8) + 2 * 4 * (case.rows + 1)
+        if c.optimizer.untouched == "exact":  # rows and momentum before and after
+            drawn += 3 * 4 * case.active * case.size
         phases["drawing rows"] = {"rows, scores and their order": float(drawn)}
     return phases
 
@@ -156,8 +165,12 @@ def _head_work(case: Case, features: float) -> float:
     if case.source == "memory" and case.config.prototypes.memory.storage == "bf16":
         work += 2 * 4 * block * case.size  # a block in fp32, twice for a moment
     if case.config.head.precision == "bf16":
-        cuda = case.device.kind == "cuda"  # operands, and on a GPU results that are copied into place
-        work += (2 if cuda else 6) * (b * case.size + block * case.size + b * block) + (4 * b * block if cuda else 0)
+        # Operands; where the device multiplies bf16, results that are copied into place; else rounded copies in fp32.
+        operands = b * case.size + block * case.size + b * block
+        if case.device.kind == "cuda":
+            work += 2 * operands + 4 * b * block
+        else:
+            work += 2 * (operands + block * case.size) if has_units(torch.device("cpu")) else 6 * operands
     if case.config.margin.filter_above > 0:
         work += 4 * 4 * b * block
     if case.config.prototypes.injection.weight > 0:

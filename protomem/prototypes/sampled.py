@@ -16,7 +16,8 @@ class SampledShard(ClassifierShard):
     The number of rows is the same at every step, max(rate * C, min(B, C)), so nothing waits for the device; with more
     identities in the batch than rate * C the published code takes the batch's identities alone, this takes B rows.
     The update is truly sparse: the optimizer (RowSGD, RowAdamW) reads `weight.row_grad` = (rows [S], gradient [S, D])
-    and leaves every other row and its state as it is. Which negatives are drawn depends on (seed, step, rank).
+    and leaves every other row and its state as it is. `before_use`: called with the rows index [S] that a step is about to
+    read (RowSGD.catch_up), if set. Which negatives are drawn depends on (seed, step, rank).
     """
 
     row_sparse = True
@@ -32,7 +33,7 @@ class SampledShard(ClassifierShard):
         injection: dict | None = None,
     ):
         super().__init__(num_identities, embedding_size, seed=seed, std=std, injection=injection)
-        self.rate, self.seed = rate, seed
+        self.rate, self.seed, self.before_use = rate, seed, None
 
     def begin_step(self, labels: torch.Tensor, step: int) -> None:
         count, device = self.last - self.first, self.weight.device
@@ -41,6 +42,8 @@ class SampledShard(ClassifierShard):
         score = torch.rand(count + 1, generator=generator, device=device)  # one spare place for foreign labels
         score[torch.where((labels >= self.first) & (labels < self.last), labels - self.first, count)] = 2.0
         self.index = score[:count].topk(size).indices.sort().values
+        if self.before_use is not None:
+            self.before_use(self.index)
         self.active = self.weight.detach()[self.index]
         self.weight.row_grad = (self.index, self.sink.begin(self.active))
         if self.empirical is not None:
