@@ -98,10 +98,11 @@ def rounds(hosts: list[str]) -> list[list[tuple[int, int]]]:
         return _ring(hosts)
     within = [_tournament(ranks) for ranks in own.values()]
     out = [[pair for turns in within if k < len(turns) for pair in turns[k]] for k in range(max(map(len, within)))]
+    most = max(map(len, own.values()))
     for turn in _tournament(list(own)):
-        for shift in range(max(map(len, own.values()))):
-            out.append([pair for a, b in turn for pair in _across(own[a], own[b], shift)])
-    return [sorted(pairs) for pairs in out if pairs]
+        for shift in range(most):
+            out.append([pair for a, b in turn for pair in _across(own[a], own[b], shift, most)])
+    return [sorted(tuple(sorted(pair)) for pair in pairs) for pairs in out if pairs]
 
 
 def _tournament(players: list) -> list[list[tuple]]:
@@ -115,9 +116,9 @@ def _tournament(players: list) -> list[list[tuple]]:
     return out
 
 
-def _across(a: list[int], b: list[int], shift: int) -> list[tuple[int, int]]:
-    n = max(len(a), len(b))
-    return [(min(a[i], b[j]), max(a[i], b[j])) for i in range(len(a)) if (j := (i + shift) % n) < len(b)]
+def _across(a: list[int], b: list[int], shift: int, n: int) -> list[tuple[int, int]]:
+    """Round `shift` of the n >= len(a), len(b) rounds in which every a meets every b."""
+    return [(a[i], b[j]) for i in range(len(a)) if (j := (i + shift) % n) < len(b)]
 
 
 def _ring(hosts: list[str]) -> list[list[tuple[int, int]]]:

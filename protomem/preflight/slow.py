@@ -28,15 +28,16 @@ def slow_ranks(rates: list[dict[str, float]], factor: float, facts: list[dict]) 
 
 def slow_links(links: list[dict], factor: float, facts: list[dict]) -> list[Problem]:
     """Links within hosts and links between hosts are compared among themselves. First come ends all of whose links are slow
-    (a host's, where they lead to other hosts): the best link of each is compared with the others' best. Then single links
-    among the rest."""
+    (a host's, where they lead to other hosts): the best link of each that has several is compared with the others' best.
+    Then single links among the rest."""
     out = []
     for same in (True, False):
         kind = [link for link in links if (len({facts[r]["host"] for r in link["ranks"]}) == 1) == same]
-        best: dict = defaultdict(lambda: float("inf"))
+        times = defaultdict(list)
         for link in kind:
             for end in _ends(link, same, facts):
-                best[end] = min(best[end], link["seconds"])
+                times[end].append(link["seconds"])
+        best = {end: min(own) for end, own in times.items() if len(own) > 1}
         usual = statistics.median_low(best.values()) if best else 0.0
         slow = [end for end, seconds in best.items() if seconds > factor * usual]
         size = max((link["rate"] * link["seconds"] for link in kind), default=0.0)
