@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from protomem import config, distributed, state
+from protomem import config, distributed, state, trainer
 from protomem.cli import app
 from protomem.data.patterns import PatternRecords  # noqa: F401  imported once here instead of in every forked rank
 from protomem.errors import UserError
@@ -18,7 +18,6 @@ from protomem.plan import hardware
 from protomem.plan.case import make_case
 from protomem.plan.memory import checkpoint_bytes
 from protomem.preflight import fabric, facts, preflight, ranks, shared, slow
-from protomem.trainer import train
 from tests.ranks import free_port, run_ranks
 from tests.test_training import settings
 
@@ -184,6 +183,21 @@ def test_a_folder_that_cannot_be_written_and_flipped_bits_are_told(tmp_path):
     assert "cannot be written on node0 (rank 1): Not a directory" in found["problems"][0]["text"]
 
 
+def test_the_way_to_the_clock_and_back_is_taken_out():
+    """The store answers rank 1 a tenth of a second late, on the way there and on the way back."""
+
+    def work():
+        store = distributed.store()
+        late = SimpleNamespace(
+            set=lambda key, value: time.sleep(0.1) or store.set(key, value), get=lambda key: (store.get(key), time.sleep(0.1))[0]
+        )
+        watch = SimpleNamespace(rank=distributed.rank(), store=late if distributed.rank() == 1 else store)
+        return shared.clocks(watch, ["a", "b"])
+
+    offset, error = run_ranks(2, work)[0]["b"]
+    assert error >= 0.1 and abs(offset) < error / 2
+
+
 def test_a_clock_within_the_limit_is_well():
     known = [{"host": "a"}, {"host": "b"}]
     assert [p.ranks for p in shared.compare_clocks({"a": (0, 0), "b": (0.7, 0.1)}, 0.5, known)] == [[1]]
@@ -319,9 +333,10 @@ VPL = ("prototypes.injection.weight=0.2", "prototypes.injection.start=0", "encod
 @pytest.mark.parametrize("more", [VPL, MEMORY])
 def test_the_size_of_a_checkpoint_is_known_before(tmp_path, small_set, more, monkeypatch):
     saved = {}
+    monkeypatch.setattr(trainer, "write_report", lambda folder: folder)
     monkeypatch.setattr(state, "save", lambda folder, step, tensors, *rest, **options: saved.update(tensors) or folder)
     loaded = config.load([], settings(small_set, tmp_path, *more, "schedule.steps=1", "schedule.warmup_steps=0"))
-    train(loaded)
+    trainer.train(loaded)
     on = hardware.device("cpu")
     counted = sum(checkpoint_bytes(make_case(loaded, 1, on, hardware.fabric(None, on))).values())
     small = sum(value.nbytes for value in saved.values() if value.ndim == 0)  # step counts
@@ -336,17 +351,18 @@ def test_a_full_disk_is_told(tmp_path):
     assert facts.disk(tmp_path, 1e18, 1e18)[1] is None
 
 
-def test_the_command_prints_reasons_and_its_exit_code_says_so(tmp_path):
+def test_the_command_prints_reasons_and_its_exit_code_says_so(monkeypatch):
     arguments = ["preflight", "distributed.device=cpu", "--slow-factor", "1e6", "--timeout", "60"]  # a busy machine is well
 
     def work():
         rank = distributed.rank()
-        fabric.GEMM, fabric.SIZES, fabric.LINK_BYTES = {"cpu": {"fp32": 64}}, {"cpu": (1 << 10,)}, {"cpu": 1 << 10}
         ranks.host = lambda: HOSTS[rank + 1]
         facts.source_hash = lambda package: str(rank)
         done = CliRunner().invoke(app, [*arguments, *([] if rank else ["--json"])])
         return done.exit_code, done.stdout
 
+    for name, value in {"GEMM": {"fp32": 64}, "SIZES": (1 << 10,), "LINK_BYTES": 1 << 10}.items():
+        monkeypatch.setattr(fabric, name, {"cpu": value})
     (code, output), (other, nothing) = run_ranks(2, work)
     found = json.loads(output)
     assert code == other == 1 and nothing == "" and told(found) == [("source", [1], ["node1"])]
