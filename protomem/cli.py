@@ -1,4 +1,4 @@
-"""The command line: `protomem train|plan|evaluate|templates|embed|report|data|recipes`. Heavy modules are imported by the
+"""The command line: `protomem train|plan|preflight|evaluate|templates|embed|report|data|recipes`. Heavy modules are imported by the
 command that needs them."""
 
 from __future__ import annotations
@@ -75,6 +75,35 @@ def plan(
 
     options = dict(world_size=world_size, gpu=gpu, fabric=fabric, identities=identities, images=images)
     make_plan(arguments, **options, table=table, plot=plot, json_output=json_output)
+
+
+@app.command()
+def preflight(
+    arguments: Annotated[
+        Optional[list[str]],
+        typer.Argument(metavar="[CONFIG.yaml... key=value...]", help="As for train: its data, output and device are checked."),
+    ] = None,
+    output: Annotated[
+        Optional[Path],
+        typer.Option(metavar="DIR", help="Check this folder instead of the config's, and write DIR/preflight.json."),
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds until a rank that does not answer ends the check.")] = 120.0,
+    clock_limit: Annotated[float, typer.Option(min=0, help="Seconds by which clocks of hosts may differ.")] = 0.5,
+    slow_factor: Annotated[
+        Optional[float],
+        typer.Option(min=1, help="A rank or link is slow at so many times the median [default: 1.3 on GPUs, 3 on CPUs]"),
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+):
+    """Check machines, fabric, folders and data on all ranks before training; names the rank or link at fault by host.
+
+    Start it as training will be started: torchrun ... -m protomem preflight CONFIG, or srun, or alone. Exit code 0: all is
+    well; 1: it is not, a line for each reason; 2: the command itself is wrong.
+    """
+    from protomem.preflight import preflight as check
+
+    options = dict(timeout_s=timeout, clock_limit_s=clock_limit, slow_factor=slow_factor, json_output=json_output)
+    raise typer.Exit(check(arguments or [], output=output, **options))
 
 
 @app.command()

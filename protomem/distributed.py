@@ -70,9 +70,12 @@ def choose_device(name: str, local_rank: int, local_world: int = 1) -> torch.dev
     return torch.device("cuda", local_rank)
 
 
-def init(device: str = "auto", timeout_s: float = 600.0) -> Context:
+def init(
+    device: str = "auto", timeout_s: float = 600.0, meet: Callable[[int, int], dist.Store] | None = None
+) -> Context:
     """Join the process group if a launcher started several ranks (nccl on GPUs, gloo on CPUs); call once, first.
 
+    meet(rank, world size): makes the store at which the ranks meet; None: torch does.
     Started by plain `srun`, the ranks find each other by Slurm's variables where MASTER_ADDR and MASTER_PORT are not set.
     Raises UserError for an impossible device, and if the ranks cannot find or reach each other.
     """
@@ -91,6 +94,7 @@ def init(device: str = "auto", timeout_s: float = 600.0) -> Context:
                 "nccl" if chosen.type == "cuda" else "gloo",
                 rank=rank,
                 world_size=world,
+                store=meet(rank, world) if meet else None,
                 timeout=datetime.timedelta(seconds=timeout_s),
                 device_id=chosen if chosen.type == "cuda" else None,
             )
@@ -114,6 +118,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def store() -> dist.Store:
+    """The small key-value store at which the ranks met; one of its own for a single process."""
+    return dist.distributed_c10d._get_default_store() if world_size() > 1 else dist.HashStore()
 
 
 def barrier() -> None:

@@ -190,6 +190,34 @@ def _optimizer_work(case: Case) -> dict[str, float]:
     return {k: float(v) for k, v in out.items()}
 
 
+# --- a checkpoint --------------------------------------------------------------------------------------------------
+
+
+def checkpoint_bytes(case: Case) -> dict[str, float]:
+    """Of one checkpoint on disk, by component, over all ranks. What training.json and DCP's own headers take is not in it."""
+    e, p, row = case.encoder, case.config.prototypes, 4 * case.size
+    one = case.slots + case.config.quality.unrecognizable.pinned if case.source == "memory" else case.identities
+    out = {
+        "encoder": (e.weights + e.buffers) * (1 + case.key_encoder),
+        "encoder optimizer": moments(case) * e.trained,
+    }
+    if case.source == "memory":
+        out["memory rows"] = one * case.size * (2 if p.memory.storage == "bf16" else 4)
+        out["memory bookkeeping (24 bytes a slot)"] = 24 * case.slots
+    else:
+        out["classifier rows"] = one * row
+        counts = 8 * one if case.source == "sampled" and case.config.optimizer.name == "adamw" else 0
+        out["optimizer of the rows"] = moments(case) * one * row + counts
+    if p.injection.weight > 0:
+        out["features to inject (VPL)"] = one * (row + 8)
+    if p.empirical.enabled:
+        out["empirical rows (EPL)"] = one * (row + 1)
+    if case.config.data.sampler.name == "mixed":
+        looks = 4 * case.identities if case.config.data.sampler.pick == "look_alike" else 0
+        out["sampler"] = 24 * case.slots + looks
+    return {name: float(size) for name, size in out.items() if size}
+
+
 # --- the host ------------------------------------------------------------------------------------------------------
 
 
