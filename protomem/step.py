@@ -19,7 +19,7 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 
-from protomem import distributed
+from protomem import distributed, flight
 from protomem.objective.criterion import Criterion
 from protomem.objective.margins import Margin
 
@@ -215,7 +215,8 @@ def forward_backward(
                 term = contrast(found.views, part_labels, part.sizes) / count
                 total, _ = total + term, add("contrast", distributed.all_reduce(term.detach().clone()))
                 stats["contrast_margin"] = contrast.m.clone()
-            scale_loss(total).backward()
+            with flight.collective("backward, with the encoder's gradients (DDP)"):
+                scale_loss(total).backward()
         add("norm", views[0].detach().norm(dim=1).sum() / sum(len(p.labels) for p in parts))
         add("cos_y", found.cos_y.sum() / count if weight is None else _weighted_mean(found.cos_y, weight))
         seen.append((found.unit if keys is None else F.normalize(keys, dim=1), part_labels, part.sizes))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from protomem import build, checks, composition, distributed, optim, state
+from protomem import build, checks, composition, distributed, flight, optim, state
 from protomem.data.augment import AugmentOptions
 from protomem.data.inspect import known_bad
 from protomem.data.pairs import read_bin
@@ -25,6 +25,7 @@ from protomem.schedule import learning_rate
 from protomem.seeds import mix
 from protomem.signals import StopRequest
 from protomem.step import Extras, MicroBatch, enqueue, forward_backward
+from protomem.watch import watched
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -156,14 +157,15 @@ class Run:
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "config": OmegaConf.to_container(self.config),
         }
-        path = state.save(
-            self.folder / "checkpoints",
-            self.step,
-            tensors | {f"sampler.{name}": value for name, value in more.items()},
-            self.prototypes.total_rows,
-            info,
-            keep=self.config.checkpoint.keep,
-        )
+        with flight.collective("checkpoint"):
+            path = state.save(
+                self.folder / "checkpoints",
+                self.step,
+                tensors | {f"sampler.{name}": value for name, value in more.items()},
+                self.prototypes.total_rows,
+                info,
+                keep=self.config.checkpoint.keep,
+            )
         self.saved = self.step
         self.log.event("checkpoint", step=self.step, path=str(path))
         return path
@@ -176,16 +178,17 @@ class Run:
             return {}
         state.average_statistics(self.encoder)
         c = self.config
-        results = evaluate_bins(
-            self.encoder,
-            list(self.sets.values()),
-            device=self.device,
-            batch_size=c.evaluate.batch_size,
-            precision=c.encoder.precision,
-            flip=c.evaluate.flip,
-            backend=c.data.loader,
-            size=c.data.size,
-        )
+        with flight.collective("evaluation"):
+            results = evaluate_bins(
+                self.encoder,
+                list(self.sets.values()),
+                device=self.device,
+                batch_size=c.evaluate.batch_size,
+                precision=c.encoder.precision,
+                flip=c.evaluate.flip,
+                backend=c.data.loader,
+                size=c.data.size,
+            )
         for name, result in results.items():
             self.log.event("evaluation", step=self.step, tag=tag, name=name, **result.summary())
         if self.context.is_main:
@@ -241,6 +244,7 @@ class Run:
         loader = self._loader(self.sampler)
         ask = 1 if self.device.type == "cpu" else 10  # reading the answer makes a GPU wait
         with StopRequest() as stop, contextlib.ExitStack() as open_things:
+            open_things.callback(flight.at_step, None)
             open_things.callback(loader.close)
             if self.memory:
                 open_things.callback(self.memory.close)  # first: the loader may be waiting in the sampler
@@ -254,6 +258,7 @@ class Run:
                     if self.step == self.total:
                         break
                     if self.step % ask == 0 and stop.on_any_rank(self.device):
+                        flight.at_step(None)
                         if self.saved != self.step:
                             self.save()
                         self.log.event("stopped", step=self.step, reason=stop.reason())
@@ -325,6 +330,7 @@ class Run:
 
     def _one_step(self, batch) -> dict[str, torch.Tensor]:
         c, rank = self.config, self.context.rank
+        flight.at_step(self.step + 1)
         lr = self._learning_rate(self.step)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
@@ -413,6 +419,7 @@ class Run:
 
     def _periodic(self) -> None:
         c, last, start = self.config, self.step == self.total, time.monotonic()
+        flight.at_step(None)
         path = None  # saved first: an evaluation that fails must not cost the training
         if last or (c.checkpoint.every and self.step % c.checkpoint.every == 0):
             path = self.save()
@@ -422,11 +429,14 @@ class Run:
                 path = path or self.save()
                 if self.context.is_main:
                     state.mark_best(self.folder / "checkpoints", path, self.best)
+        flight.at_step(self.step + 1)
         self.interval["since"] += time.monotonic() - start  # evaluating and saving is not training time
 
 
 def train(config: DictConfig) -> None:
     """Train as the config says, on all ranks that the launcher started."""
+    flight.nccl_records(Path(config.output))
     context = distributed.init(config.distributed.device, config.distributed.timeout_s)
-    Run(config, context).run()
+    with watched(config.output, config.distributed.timeout_s, context.device):
+        Run(config, context).run()
     distributed.shutdown()  # not after an error: leaving the group can hang, and the message must come out
