@@ -87,8 +87,6 @@ def nccl_records(folder: Path, env=os.environ) -> None:
     for name, value in (
         ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
         ("TORCH_FR_BUFFER_SIZE", "2000"),
-        ("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"),  # its name before torch 2.10
         ("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl-rank")),
-        ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / "nccl-rank")),
     ):
         env.setdefault(name, value)

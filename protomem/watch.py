@@ -42,14 +42,15 @@ def watched(folder, timeout_s: float, device: torch.device):
     watch = Watch(Path(folder), timeout_s, device)
     try:
         yield
-        distributed.barrier()  # rank 0 keeps the store: nobody may miss it before the end
+        distributed.barrier()
     except BaseException as error:
         explained = watch.explain(error)
+        watch.stop()
         if explained is not None:
             raise explained from error
         raise
-    finally:
-        watch.stopped.set()
+    watch.stop()
+    distributed.barrier()  # rank 0 keeps the store and may leave only when nobody looks into it any more
 
 
 class Watch:
@@ -59,9 +60,10 @@ class Watch:
         key = distributed.broadcast_object(uuid.uuid4().hex)  # not what an earlier attempt left in a shared store
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # A connection of its own: the process group's may be waiting.
-        store = dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=GRACE_S))
+        store = dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=30))
         self.store = dist.PrefixStore(f"watch/{key}", store)
-        self.stopped, self.noticed, self.told = threading.Event(), threading.Event(), threading.Event()
+        self.woken, self.noticed, self.told = threading.Event(), threading.Event(), threading.Event()
+        self.stopped = False
         self.own_end = self.error = self.verdict = None
         # NCCL ends the process itself at the time-out, after writing its own record.
         self.patience_s = GRACE_S if device.type == "cpu" else 10 * GRACE_S
@@ -79,30 +81,37 @@ class Watch:
         self.error = (str(error) or type(error).__name__).strip().splitlines()[0]
         self.own_end = None if failed else f"{type(error).__name__}: {self.error}"
         self.noticed.set()
+        self.woken.set()
         self.told.wait(4 * GRACE_S)  # the thread does the talking, since a lost store may never answer
         if not failed:
             return None
         return UserError(self.verdict or f"a collective failed ({self.error}), and {self.name(0)}, which keeps the store, is silent")
 
+    def stop(self) -> None:
+        self.stopped = True
+        self.woken.set()
+        self.thread.join(4 * GRACE_S)
+
     # --- the thread ------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        while not self.stopped.is_set():
+        while True:
+            self.woken.wait(LOOK_S)
+            if self.stopped:
+                return
             try:
-                if self.noticed.wait(LOOK_S) or flight.idle_s() > self.timeout_s or self.store.check(["alarm"]):
+                if self.noticed.is_set() or flight.idle_s() > self.timeout_s or self.store.check(["alarm"]):
                     break
             except RuntimeError:
                 self.noticed.wait(self.patience_s)  # until then the main thread's collective fails as well, and can be named
                 break
-        else:
-            return
         try:
             self._answer()
         except RuntimeError:  # rank 0 keeps the store
             self.verdict = self.verdict or verdict({self.rank: flight.record()}, [0], self.name, self.error)
         self._write()
         self.told.set()
-        if not self.noticed.wait(self.patience_s) and not self.stopped.is_set():
+        if not self.noticed.wait(self.patience_s) and not self.stopped:
             print(f"error: {self.verdict}", file=sys.stderr, flush=True)
             os._exit(1)  # the main thread may never come back
 

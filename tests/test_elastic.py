@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -70,5 +71,7 @@ def test_a_node_is_lost_and_comes_back(small_set, tmp_path):
         replace_file(pace, b"0")
         wait_for(lambda: survivor.poll() is not None and back.poll() is not None, 90, said)
         assert (survivor.returncode, back.returncode) == (0, 0), said()
+        assert re.search(r"error: missing at .* of step 1\d: rank 0 \(alpha\) gave no sign of life", omega.log()), said()
+        assert json.loads((output / "flight-rank1.json").read_text())["host"] == "omega"
         assert resumed(1) == [10] and len(resumed(2)) == 1 and 16 < resumed(2)[0] < 60, said()
     assert_close(curve(output), whole, 1e-4)
