@@ -11,6 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from protomem.data.commands import app as data_app
+from protomem.elastic import end_with_agent
 from protomem.errors import UserError
 from protomem.recipe_commands import app as recipes_app
 
@@ -188,6 +189,7 @@ def version(
 
 
 def main() -> None:
+    end_with_agent()
     try:
         app()
     except (UserError, OSError) as error:

@@ -15,7 +15,7 @@ from typing import Callable
 import torch
 import torch.distributed as dist
 
-from protomem import slurm
+from protomem import flight, slurm
 from protomem.errors import UserError
 
 
@@ -127,7 +127,8 @@ def store() -> dist.Store:
 
 def barrier() -> None:
     if world_size() > 1:
-        dist.barrier()
+        with flight.collective("barrier"):
+            dist.barrier()
 
 
 def main_first(act: Callable[[], None]) -> None:
@@ -174,7 +175,8 @@ _reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.redu
 def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     """In-place all-reduce without gradient (sum, max or min); returns the tensor. A no-op in a single process."""
     if world_size() > 1:
-        dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op])
+        with flight.collective("all_reduce", tensor):
+            dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op])
     return tensor
 
 
@@ -191,11 +193,13 @@ def start_gather(x: torch.Tensor, sizes: list[int], overlap: bool = True) -> Cal
         return lambda: x
     longest = max(sizes)
     out, own = x.new_empty(longest * len(sizes), *x.shape[1:]), _pad_rows(x, longest)
+    noted = flight.collective("all_gather", out)
     work = _all_gather_flat(out, own, async_op=overlap)
 
     def finish() -> torch.Tensor:
-        if work is not None:
-            work.wait()  # on a GPU its stream waits, not the host
+        with noted:
+            if work is not None:
+                work.wait()  # on a GPU its stream waits, not the host
         if min(sizes) == longest:
             return out
         return torch.cat([part[:size] for part, size in zip(out.split(longest), sizes)])
@@ -240,9 +244,10 @@ class _GatherWithGrad(torch.autograd.Function):
         sizes, longest = ctx.sizes, max(ctx.sizes)
         padded = grad if min(sizes) == longest else torch.cat([_pad_rows(p, longest) for p in grad.split(sizes)])
         out = grad.new_empty(longest, *grad.shape[1:])
-        work = _reduce_scatter_flat(out, padded.contiguous(), async_op=True)
-        _catch_up()
-        work.wait()
+        with flight.collective("reduce_scatter", padded):
+            work = _reduce_scatter_flat(out, padded.contiguous(), async_op=True)
+            _catch_up()
+            work.wait()
         # The one factor W of the whole project: the loss is the mean over the global batch and DDP averages encoder
         # gradients over ranks, so the sum that arrives here is multiplied by W to survive that mean.
         return out[: sizes[rank()]] * len(sizes), None
@@ -303,9 +308,11 @@ def exchange_rows(rows: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
         return rows[order]
     counts = torch.bincount(owner[order], minlength=world_size())
     arriving = torch.empty_like(counts)
-    dist.all_to_all_single(arriving, counts)
+    with flight.collective("all_to_all", counts):
+        dist.all_to_all_single(arriving, counts)
     out = rows.new_empty(int(arriving.sum()), *rows.shape[1:])
-    dist.all_to_all_single(out, rows[order].contiguous(), arriving.tolist(), counts.tolist())
+    with flight.collective("all_to_all"):  # of another size on each rank
+        dist.all_to_all_single(out, rows[order].contiguous(), arriving.tolist(), counts.tolist())
     return out
 
 
@@ -314,7 +321,8 @@ def gather_objects(value) -> list:
     if world_size() == 1:
         return [value]
     out = [None] * world_size()
-    dist.all_gather_object(out, value)
+    with flight.collective("all_gather of objects"):
+        dist.all_gather_object(out, value)
     return out
 
 
@@ -323,7 +331,8 @@ def broadcast_object(value):
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    with flight.collective("broadcast of an object"):
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import record_function  # 6 us each on a CPU; any profiler shows the phases by these names
 
-from protomem import distributed
+from protomem import distributed, flight
 from protomem.objective.criterion import Criterion
 from protomem.objective.margins import Margin
 
@@ -228,7 +228,7 @@ def forward_backward(
                 term = contrast(found.views, labels[k], part.sizes) / count
                 total, _ = total + term, add(own_terms, "contrast", term.detach())
                 stats["contrast_margin"] = contrast.m.clone()
-            with record_function("protomem.backward"):
+            with record_function("protomem.backward"), flight.collective("backward, with the encoder's gradients (DDP)"):
                 scale_loss(total).backward()
         add(stats, "norm", views[0].detach().norm(dim=1).sum() / sum(len(p.labels) for p in parts))
         add(stats, "cos_y", found.cos_y.sum() / count if weight is None else _weighted_mean(found.cos_y, weight))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from protomem import build, checks, composition, distributed, optim, state
+from protomem import build, checks, composition, distributed, flight, optim, state
 from protomem.data.augment import AugmentOptions
 from protomem.data.inspect import known_bad
 from protomem.data.pairs import read_bin
@@ -27,6 +27,7 @@ from protomem.schedule import learning_rate
 from protomem.seeds import mix
 from protomem.signals import StopRequest
 from protomem.step import Extras, MicroBatch, enqueue, forward_backward
+from protomem.watch import watched
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -161,14 +162,15 @@ class Run:
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "config": OmegaConf.to_container(self.config),
         }
-        path = state.save(
-            self.folder / "checkpoints",
-            self.step,
-            tensors | {f"sampler.{name}": value for name, value in more.items()},
-            self.prototypes.total_rows,
-            info,
-            keep=self.config.checkpoint.keep,
-        )
+        with flight.collective("checkpoint"):
+            path = state.save(
+                self.folder / "checkpoints",
+                self.step,
+                tensors | {f"sampler.{name}": value for name, value in more.items()},
+                self.prototypes.total_rows,
+                info,
+                keep=self.config.checkpoint.keep,
+            )
         self.saved = self.step
         self.log.event("checkpoint", step=self.step, path=str(path))
         return path
@@ -181,16 +183,17 @@ class Run:
             return {}
         state.average_statistics(self.encoder)
         c = self.config
-        results = evaluate_bins(
-            self.encoder,
-            list(self.sets.values()),
-            device=self.device,
-            batch_size=c.evaluate.batch_size,
-            precision=c.encoder.precision,
-            flip=c.evaluate.flip,
-            backend=c.data.loader,
-            size=c.data.size,
-        )
+        with flight.collective("evaluation"):
+            results = evaluate_bins(
+                self.encoder,
+                list(self.sets.values()),
+                device=self.device,
+                batch_size=c.evaluate.batch_size,
+                precision=c.encoder.precision,
+                flip=c.evaluate.flip,
+                backend=c.data.loader,
+                size=c.data.size,
+            )
         for name, result in results.items():
             self.log.event("evaluation", step=self.step, tag=tag, name=name, **result.summary())
         if self.context.is_main:
@@ -257,6 +260,7 @@ class Run:
         loader = self._loader(self.sampler)
         ask = 1 if self.device.type == "cpu" else 10  # reading the answer makes a GPU wait
         with contextlib.ExitStack() as open_things:
+            open_things.callback(flight.at_step, None)
             open_things.callback(loader.close)
             if self.memory:
                 open_things.callback(self.memory.close)  # first: the loader may be waiting in the sampler
@@ -271,6 +275,7 @@ class Run:
                         break
                     if self.step % ask == 0 and stop.on_any_rank(self.device):
                         stop.hold()
+                        flight.at_step(None)
                         if self.saved != self.step:
                             self.save()
                         self.log.event("stopped", step=self.step, reason=stop.reason())
@@ -342,6 +347,7 @@ class Run:
 
     def _one_step(self, batch) -> dict[str, torch.Tensor]:
         c, rank = self.config, self.context.rank
+        flight.at_step(self.step + 1)
         lr = self._learning_rate(self.step)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
@@ -432,6 +438,7 @@ class Run:
 
     def _periodic(self) -> None:
         c, last, start = self.config, self.step == self.total, time.monotonic()
+        flight.at_step(None)
         path = None  # saved first: an evaluation that fails must not cost the training
         if last or (c.checkpoint.every and self.step % c.checkpoint.every == 0):
             path = self.save()
@@ -441,6 +448,7 @@ class Run:
                 path = path or self.save()
                 if self.context.is_main:
                     state.mark_best(self.folder / "checkpoints", path, self.best)
+        flight.at_step(self.step + 1)
         self.interval["since"] += time.monotonic() - start  # evaluating and saving is not training time
 
 
@@ -449,9 +457,11 @@ def train(config: DictConfig, stop: StopRequest | None = None) -> bool:
 
     stop: the caller's, if it listens for signals already.
     """
+    flight.nccl_records(Path(config.output))
     with contextlib.ExitStack() as listening:
         stop = stop or listening.enter_context(StopRequest())
         context = distributed.init(config.distributed.device, config.distributed.timeout_s)
-        finished = Run(config, context).run(stop)
+        with watched(config.output, config.distributed.timeout_s, context.device):
+            finished = Run(config, context).run(stop)
         distributed.shutdown()  # not after an error: leaving the group can hang, and the message must come out
         return finished

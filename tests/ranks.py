@@ -20,26 +20,26 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def rank_env(rank: int, world: int, port: int) -> dict[str, str]:
+def rank_env(rank: int, world: int, port: int, per_node: int) -> dict[str, str]:
     return {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(rank % per_node),
         "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(per_node),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
 
 
-def _child(fn, args, rank, world, port, results):
-    os.environ.update(rank_env(rank, world, port))
+def _child(fn, args, rank, env, group_timeout, results):
+    os.environ.update(env)
     import torch
 
     from protomem import distributed
 
     torch.set_num_threads(1)
     try:
-        distributed.init("cpu", timeout_s=60)
+        distributed.init("cpu", timeout_s=group_timeout)
         results.put((rank, True, fn(*args)))
         distributed.barrier()  # nobody leaves while another still talks to it
         distributed.shutdown()
@@ -50,14 +50,19 @@ def _child(fn, args, rank, world, port, results):
     os._exit(0)
 
 
-def run_ranks(world: int, fn, *args, timeout: float = 90.0) -> list:
+def run_ranks(world: int, fn, *args, timeout: float = 90.0, per_node: int | None = None, group_timeout: float = 60.0) -> list:
     """Run fn(*args) on `world` gloo ranks; return their results (picklable; tensors as numpy) in rank order.
 
+    per_node: the ranks have local ranks as if so many of them ran on each of several nodes; None: one node.
+    group_timeout: seconds that a collective waits for a rank.
     Raises AssertionError with every failed rank's traceback, or naming the ranks that had not answered in time.
     """
     context = mp.get_context("fork")
     results, port = context.Queue(), free_port()
-    workers = [context.Process(target=_child, args=(fn, args, r, world, port, results)) for r in range(world)]
+    workers = [
+        context.Process(target=_child, args=(fn, args, r, rank_env(r, world, port, per_node or world), group_timeout, results))
+        for r in range(world)
+    ]
     for worker in workers:
         worker.start()
     out, errors, end = {}, {}, time.monotonic() + timeout

@@ -1,0 +1,77 @@
+"""A node is lost in mid-epoch and comes back: the job shrinks, goes on and grows, and the curve does not show it."""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+from protomem.files import replace_file
+from tests.nodes import nodes
+from tests.test_training import assert_close, curve, run, settings
+
+ROOT = Path(__file__).parent.parent
+
+
+def wait_for(what, seconds, said):
+    """Poll until what() is true; on failure show what `said()` returns."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, said()
+        time.sleep(0.05)
+
+
+def test_a_node_is_lost_and_comes_back(small_set, tmp_path):
+    """Epochs have 10 steps, checkpoints are made every 10. `alpha` (rank 0) dies, `omega` (where they meet) survives."""
+    more = ("schedule.steps=60", "checkpoint.every=10", "distributed.timeout_s=20", "distributed.device=cpu")
+    whole = run(1, small_set, tmp_path / "whole", *more)
+    output, pace = tmp_path / "run", tmp_path / "pace"
+    pace.write_text("0.2")
+    env = {
+        "HEAD": "omega:29400",
+        "NODES": "1:2",
+        "RANKS": "1",
+        "LAST_CALL": "2",
+        "KEEP_ALIVE": "1",
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "PYTHONPATH": f"{ROOT / 'tests' / 'pace'}:{ROOT}",
+        "PROTOMEM_PACE": str(pace),
+    }
+
+    with nodes(tmp_path, "alpha", "omega") as (alpha, omega):
+
+        def lines():
+            path = output / "metrics.jsonl"
+            return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
+
+        def step():
+            return max((line["step"] for line in lines() if "loss" in line), default=0)
+
+        def resumed(world):
+            return [line["step"] for line in lines() if line.get("event") == "resume" and line["world_size"] == world]
+
+        def said():
+            return "\n".join(f"--- {node.name}\n{node.log()[-4000:]}" for node in (alpha, omega)) + str(lines()[-1:])
+
+        def start(node):
+            return node.start(str(ROOT / "launch" / "multinode.sh"), *settings(small_set, output, *more), **env)
+
+        survivor, lost = start(omega), start(alpha)
+        wait_for(lambda: step() >= 13, 90, said)
+        os.kill(lost.pid, signal.SIGKILL)  # the agent alone; its worker is another process, in a session of its own
+        lost.wait()
+        wait_for(lambda: not alpha.processes(), 3, lambda: f"workers outlive their agent: {alpha.processes()}\n{said()}")
+        wait_for(lambda: resumed(1) and step() > 16, 90, said)
+        back = start(alpha)
+        wait_for(lambda: resumed(2) and step() > resumed(2)[-1] + 3, 90, said)
+        replace_file(pace, b"0")
+        wait_for(lambda: survivor.poll() is not None and back.poll() is not None, 90, said)
+        assert (survivor.returncode, back.returncode) == (0, 0), said()
+        assert re.search(r"error: missing at .* of step 1\d: rank 0 \(alpha\) gave no sign of life", omega.log()), said()
+        assert json.loads((output / "flight-rank1.json").read_text())["host"] == "omega"
+        assert resumed(1) == [10] and len(resumed(2)) == 1 and 16 < resumed(2)[0] < 60, said()
+    assert_close(curve(output), whole, 1e-4)
