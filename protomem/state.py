@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import re
 import shutil
 import warnings
@@ -27,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from protomem import checksums, distributed
 from protomem.errors import UserError
 from protomem.files import replace_file
+from protomem.metadata import Reader, read_info
 
 FOLDER = re.compile(r"step-(\d{8,})$")
 SHARDED = "prototypes."  # keys under which every rank holds other rows
@@ -217,58 +217,11 @@ def find(folder: Path, resume: str, restarted: bool) -> Path | None:
     return locate(resume)
 
 
-def read_info(path: Path) -> dict:
-    """`training.json` of a checkpoint. Raises UserError if it is not readable."""
-    try:
-        return json.loads((Path(path) / "training.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {path}: training.json cannot be read ({error}); take another checkpoint") from None
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """DCP's `.metadata` is a pickle; only the data classes that it is made of are ever constructed."""
-
-    CLASSES = {
-        "torch.distributed.checkpoint.metadata": {
-            *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
-            *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
-        "pathlib._local": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
-        "torch.serialization": {"_get_layout"},
-        "torch": {"Size", "strided"},
-    }
-
-    def find_class(self, module, name):
-        allowed = name in self.CLASSES.get(module, ())
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            allowed = True
-        if not allowed:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
-
-
-class _Reader(dcp.FileSystemReader):
-    def read_metadata(self, *args, **kwargs):
-        try:
-            with open(Path(self.path) / ".metadata", "rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-        except FileNotFoundError:
-            raise UserError(f"checkpoint {self.path} is incomplete: .metadata is missing; take another checkpoint") from None
-        except Exception as error:  # whatever a damaged or hostile pickle raises
-            raise UserError(f"checkpoint {self.path}: .metadata refused ({error})") from None
-        if metadata.storage_meta is None:
-            metadata.storage_meta = dcp.metadata.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
 def _read(path: Path, alone: bool) -> tuple[dict, dcp.metadata.Metadata]:
     """(training.json, DCP's metadata) of a checkpoint."""
     info = read_info(path)
     checksums.verify(path, info.get("checksums", {}), [".metadata"], alone)
-    return info, _Reader(path).read_metadata()
+    return info, Reader(path).read_metadata()
 
 
 def _size(entry) -> list[int] | None:
@@ -281,7 +234,7 @@ def _load(state: dict, path: Path, info: dict, metadata, alone: bool) -> None:
     checksums.verify(path, info.get("checksums", {}), needed, alone)
     try:
         with _quiet():
-            dcp.load(state, storage_reader=_Reader(path), no_dist=alone)
+            dcp.load(state, storage_reader=Reader(path), no_dist=alone)
     except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"checkpoint {path} is damaged ({reason}); take another checkpoint") from None
