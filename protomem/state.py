@@ -98,8 +98,7 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, inf
 
     def prepare():
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in (*folder.glob(".writing-*"), *folder.glob(".removed-*")):
-            shutil.rmtree(stale)
+        remove_remains(folder)
         temporary.mkdir()
 
     def finish():
@@ -157,6 +156,12 @@ def _remove(path: Path) -> None:
     shutil.rmtree(hidden)
 
 
+def remove_remains(folder: Path) -> None:
+    """Delete what an interrupted save or removal has left behind. Main rank only."""
+    for stale in (*Path(folder).glob(".writing-*"), *Path(folder).glob(".removed-*")):
+        shutil.rmtree(stale)
+
+
 def mark_best(folder: Path, path: Path, record: dict) -> None:
     """Point `best` at a checkpoint and remember why (step, pair set, accuracy). Main rank only."""
     replace_file(Path(folder) / "best.json", json.dumps(record).encode())
@@ -190,11 +195,10 @@ def _complete(path: Path) -> bool:
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint that a run wrote last: what `last` points at, else the one with the highest step; None if none."""
-    if _complete(Path(folder) / "last"):
-        return (Path(folder) / "last").resolve()
+    """The complete checkpoint of a run with the highest step, None if none. Not what `last` points at: that link is for
+    people, and a kill may leave it one checkpoint behind."""
     found = checkpoints(folder)
-    return found[-1] if found else None
+    return found[-1].resolve() if found else None
 
 
 def locate(path: str | Path) -> Path:
