@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from protomem import distributed, state
+from protomem.background import Saver
 from protomem.errors import UserError
 
 
@@ -67,8 +68,24 @@ def resume(run) -> Path | None:
     return Path(path)
 
 
+def saver(run) -> Saver:
+    """What writes this run's checkpoints, and logs each of them once it is complete."""
+
+    def report(step: int, path: Path, waited: float, seconds: float) -> None:
+        run.log.event("checkpoint", step=step, path=str(path), waited_s=round(waited, 3), seconds=round(seconds, 3))
+
+    return Saver(
+        run.folder / "checkpoints",
+        keep=run.config.checkpoint.keep,
+        asynchronous=run.config.checkpoint.asynchronous,
+        timeout_s=run.config.distributed.timeout_s,
+        written=run.step,
+        report=report,
+    )
+
+
 def save(run) -> Path:
-    """Write a checkpoint of the run's state; never of one that is not finite. Collective."""
+    """Write a checkpoint of the run's state, or begin to; never of one that is not finite. Collective."""
     run.check_finite()
     tensors = state.named_state(modules(run), run.optimizers)
     floats = torch.stack([t.detach().isfinite().all() for t in tensors.values() if t.is_floating_point()])
@@ -84,14 +101,6 @@ def save(run) -> Path:
         "scaler": run.scaler.state_dict() if run.scaler else None,
         "config": OmegaConf.to_container(run.config),
     }
-    path = state.save(
-        run.folder / "checkpoints",
-        run.step,
-        tensors | {f"sampler.{name}": value for name, value in more.items()},
-        run.prototypes.total_rows,
-        info,
-        keep=run.config.checkpoint.keep,
-    )
     run.saved = run.step
-    run.log.event("checkpoint", step=run.step, path=str(path))
-    return path
+    tensors |= {f"sampler.{name}": value for name, value in more.items()}
+    return run.saver.start(run.step, tensors, run.prototypes.total_rows, info)

@@ -89,6 +89,13 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def new_cpu_group(timeout_s: float):
+    """A gloo process group of all ranks for the collectives of another thread; None in a single process. Collective."""
+    if world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -248,12 +255,13 @@ def exchange_rows(rows: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def gather_objects(value) -> list:
-    """One small picklable value per rank -> the list of all, on every rank (for messages and statistics, not steps)."""
+def gather_objects(value, group=None) -> list:
+    """One small picklable value per rank -> the list of all, on every rank (for messages and statistics, not steps).
+    group: a process group of all ranks, None: the default one."""
     if world_size() == 1:
         return [value]
     out = [None] * world_size()
-    dist.all_gather_object(out, value)
+    dist.all_gather_object(out, value, group)
     return out
 
 

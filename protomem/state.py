@@ -11,7 +11,6 @@ so the step number restores them exactly, at any world size.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -25,11 +24,14 @@ import torch.distributed.checkpoint as dcp
 
 from protomem import checksums, distributed
 from protomem.errors import UserError
-from protomem.files import replace_file
+from protomem.files import replace_file, sync_folder
 from protomem.metadata import Reader, read_info
+from protomem.row_blocks import RowBlocks
 
 FOLDER = re.compile(r"step-(\d{8,})$")
 SHARDED = "prototypes."  # keys under which every rank holds other rows
+# DCP warns that a single process is a single process, and of torch's own deprecated calls.
+warnings.filterwarnings("ignore", module=r"torch\.distributed")
 
 
 # --- what goes into a checkpoint -----------------------------------------------------------------------------------
@@ -77,21 +79,14 @@ def _wrap(state: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
     return out
 
 
-@contextlib.contextmanager
-def _quiet():
-    """DCP warns that a single process is a single process, and of torch's own deprecated calls."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 # --- saving --------------------------------------------------------------------------------------------------------
 
 
-def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, info: dict, *, keep: int) -> Path:
+def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, info: dict, *, keep: int, group=None) -> Path:
     """Write checkpoint `folder/step-...`, point `last` at it, remove all but the newest `keep` (and `best`).
 
-    Collective. Raises UserError on every rank if any could not write; what was there before stays as it was.
+    Collective over `group` (a CPU process group of all ranks; None: the default one).
+    Raises UserError on every rank if any could not write; what was there before stays as it was.
     """
     folder = Path(folder)
     final, temporary = folder / f"step-{step:08d}", folder / f".writing-step-{step:08d}"
@@ -100,6 +95,22 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, inf
         folder.mkdir(parents=True, exist_ok=True)
         remove_remains(folder)
         temporary.mkdir()
+
+    def write():
+        planner = RowBlocks({name for name, value in state.items() if _is_rows(name, value)}, rows)
+        plain = {name: value.detach() for name, value in state.items()}
+        alone = distributed.world_size() == 1
+        writer = dcp.FileSystemWriter(temporary)
+        dcp.save(plain, storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
+
+    sums: dict[str, str] = {}
+
+    def add_up():
+        own = checksums.of_rank(temporary)
+        for part in distributed.gather_objects(own, group):
+            sums.update(part)
+        if distributed.rank() == 0:
+            sums[".metadata"] = checksums.sha256(temporary / ".metadata")
 
     def finish():
         shown = {**info, "step": step, "world_size": distributed.world_size(), "checksums": sums}
@@ -110,23 +121,11 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, inf
             os.fsync(file.fileno())
         if final.exists():
             _remove(final)
+        sync_folder(temporary)
         os.replace(temporary, final)
         _link(folder / "last", final)
+        sync_folder(folder)  # it survives a power cut before an older one goes
         _retain(folder, keep)
-
-    def write():
-        with _quiet():
-            alone = distributed.world_size() == 1
-            dcp.save(_wrap(state, rows), storage_writer=dcp.FileSystemWriter(temporary), no_dist=alone)
-
-    sums: dict[str, str] = {}
-
-    def add_up():
-        own = checksums.of_rank(temporary)
-        for part in distributed.gather_objects(own):
-            sums.update(part)
-        if distributed.rank() == 0:
-            sums[".metadata"] = checksums.sha256(temporary / ".metadata")
 
     for act, everybody in ((prepare, False), (write, True), (add_up, True), (finish, False)):
         problem = None
@@ -135,7 +134,7 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, inf
                 act()
             except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
                 problem = str(error).strip().splitlines()[-1]
-        if problems := [p for p in distributed.gather_objects(problem) if p]:
+        if problems := [p for p in distributed.gather_objects(problem, group) if p]:
             if distributed.rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"cannot write checkpoint {final}: {problems[0]}; free the disk or set another output folder")
@@ -237,8 +236,7 @@ def _load(state: dict, path: Path, info: dict, metadata, alone: bool) -> None:
     needed = {entry.relative_path for key, entry in metadata.storage_data.items() if key.fqn in state}
     checksums.verify(path, info.get("checksums", {}), needed, alone)
     try:
-        with _quiet():
-            dcp.load(state, storage_reader=Reader(path), no_dist=alone)
+        dcp.load(state, storage_reader=Reader(path), no_dist=alone)
     except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"checkpoint {path} is damaged ({reason}); take another checkpoint") from None

@@ -135,16 +135,16 @@ class Run:
             tensorboard=c.log.tensorboard,
             resume_step=self.step if resumed else -1,
         )
-        try:
+        self.saver = checkpointing.saver(self)
+        with contextlib.closing(self.log), self.saver:
             if resumed:
                 self.log.event("resume", step=self.step, path=str(resumed), world_size=self.context.world_size)
             elif c.evaluate.initial:
                 self.evaluate("initial")
             finished = self._train()
+            self.saver.wait()
             if finished and self.context.is_main:
                 self.log.event("report", path=str(write_report(self.folder)))
-        finally:
-            self.log.close()
 
     def _train(self) -> bool:
         c, world = self.config, self.context.world_size
@@ -173,9 +173,12 @@ class Run:
                     self._periodic()
                     if self.step == self.total:
                         break
+                    if self.step % ask == 0:
+                        self.saver.poll(self.device)
                     if self.step % ask == 0 and stop.on_any_rank(self.device):
                         if self.saved != self.step:
                             checkpointing.save(self)
+                        self.saver.wait()
                         self.log.event("stopped", step=self.step, reason=stop.reason())
                         return False
         return True
@@ -325,7 +328,9 @@ class Run:
 
     def check_finite(self) -> None:
         if not self.finite.item():
-            kept = f"the checkpoint of step {self.saved} is intact" if self.saved else "nothing was saved"
+            with contextlib.suppress(UserError):
+                self.saver.wait()  # what is being written was finite
+            kept = f"the checkpoint of step {self.saver.written} is intact" if self.saver.written else "nothing was saved"
             raise UserError(
                 f"the loss became NaN or infinite by step {self.step}; {kept}: lower optimizer.lr, set optimizer.clip, or "
                 "lengthen the warm-up, and start again"
@@ -340,6 +345,7 @@ class Run:
             results = self.evaluate("final" if last else f"step-{self.step}")
             if self._improved(results):
                 path = path or checkpointing.save(self)
+                self.saver.wait()
                 if self.context.is_main:
                     state.mark_best(self.folder / "checkpoints", path, self.best)
         self.interval["since"] += time.monotonic() - start  # evaluating and saving is not training time

@@ -15,6 +15,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from protomem import config, metrics, state, trainer
 from protomem.data.recordio import RecordWriter
@@ -107,6 +108,18 @@ def in_a_line(rank, step, own):
     metrics.RunLog._write = write
 
 
+def in_the_copy(rank, number, own):
+    """Of the state, for an asynchronous checkpoint, before tensor `number`."""
+    inner, calls = torch.empty_like, 0
+
+    def empty_like(*given, **more):
+        nonlocal calls
+        calls += rank == own and "pin_memory" in more
+        return kill_self() if calls == number else inner(*given, **more)
+
+    torch.empty_like = empty_like
+
+
 def child(settings, rank, world, port, arm):
     os.environ.update(rank_env(rank, world, port))
     arm[0](*arm[1:], rank)
@@ -146,9 +159,9 @@ class Runs:
         self.loaded = config.load([], lines.split())
         train(self.settings("warm"))  # what is imported and compiled here, no rank does again
 
-    def settings(self, name):
+    def settings(self, name, asynchronous=False):
         out = self.loaded.copy()
-        out.output = str(self.folder / name)
+        out.output, out.checkpoint.asynchronous = str(self.folder / name), asynchronous
         return out
 
     def of(self, world):
@@ -178,29 +191,41 @@ def steps_of(folder):
 
 
 LOG = "rename metrics.jsonl.tmp"  # a resumed run drops the lines of lost steps
-ONE = ["mkdir .writing-step-00000006", "open .metadata.tmp", "rename .writing-step-00000006", "rename .last.new", "remove 2", LOG]
+SOME = ["mkdir .writing-step-00000006", "open .metadata.tmp", "rename .writing-step-00000006", "rename .last.new", "remove 2"]
 POINTS = [
-    *(pytest.param(1, (at_operation, 0, name), id=f"1-{name}") for name in ONE),
-    *(pytest.param(2, (at_operation, 0, name), id=f"2-{name}") for name in dict.fromkeys(SAVE)),
-    pytest.param(2, (at_operation, 1, "open __1_0.distcp"), id="2-rank 1-open __1_0.distcp"),
-    *(pytest.param(2, (at_byte, rank, size), id=f"2-rank {rank}-byte {size}") for rank in (0, 1) for size in (30_000, 60_000)),
-    *(pytest.param(world, (at_step, rank, step), id=f"{world}-rank {rank}-step {step}") for world, rank, step in [(1, 0, 7), (2, 1, 5)]),
-    pytest.param(2, (in_a_line, 0, 6), id="2-in the line of step 6"),
+    *((1, False, at_operation, 0, name) for name in (*SOME, LOG)),
+    *((2, False, at_operation, 0, name) for name in dict.fromkeys(SAVE)),
+    (2, False, at_operation, 1, "open __1_0.distcp"),
+    *((2, False, at_byte, rank, size) for rank in (0, 1) for size in (30_000, 60_000)),
+    (1, False, at_step, 0, 7),
+    (2, False, at_step, 1, 5),
+    (2, False, in_a_line, 0, 6),
+    *((2, True, at_operation, 0, name) for name in SOME),
+    (2, True, at_operation, 1, "open __1_0.distcp"),
+    (2, True, at_byte, 1, 60_000),
+    (2, True, in_the_copy, 0, 9),
+    (2, True, at_step, 1, 7),
 ]
 
 
-@pytest.mark.parametrize("world, arm", POINTS)
-def test_no_checkpoint_is_lost_and_no_curve_diverges(runs, world, arm):
+def name_of(point):
+    world, asynchronous, kind, rank, where = point
+    return f"{world}-{'asynchronous' if asynchronous else 'synchronous'}-rank {rank}-{kind.__name__} {where}".replace(" ", "_")
+
+
+@pytest.mark.parametrize("point", POINTS, ids=name_of)
+def test_no_checkpoint_is_lost_and_no_curve_diverges(runs, point):
+    world, asynchronous, *arm = point
     losses, sums, start = runs.of(world)
-    name = f"{world}-{'-'.join(str(x) for x in arm[1:])}-{arm[0].__name__}".replace(" ", "-")
-    folder = runs.folder / name
+    name = name_of(point)
+    folder, settings = runs.folder / name, runs.settings(name, asynchronous)
     shutil.copytree(runs.folder / start, folder, symlinks=True)
     assert steps_of(folder) == [2, 4]
-    assert run_and_kill(world, runs.settings(name), arm), "it was not killed"
+    assert run_and_kill(world, settings, arm), "it was not killed"
     left = steps_of(folder)
     # Step 6 is there as soon as it has its name, and step 4 is never gone.
     assert 4 in left and max(left) <= 6
-    run_ranks(world, train, runs.settings(name))
+    run_ranks(world, train, settings)
     resumes = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"resume"' in line]
     assert resumes[-1]["step"] == max(left)
     assert runs.result(name) == (losses, sums)
