@@ -17,7 +17,7 @@ import time
 import pytest
 import torch
 
-from protomem import config, metrics, state, trainer
+from protomem import checksums, config, metrics, state, trainer
 from protomem.data.recordio import RecordWriter
 from protomem.trainer import train
 from tests.conftest import coloured_images
@@ -225,6 +225,9 @@ def test_no_checkpoint_is_lost_and_no_curve_diverges(runs, point):
     left = steps_of(folder)
     # Step 6 is there as soon as it has its name, and step 4 is never gone.
     assert 4 in left and max(left) <= 6
+    for path in state.checkpoints(folder / "checkpoints"):  # and what is there is whole
+        sums_of_all = state.read_info(path)["checksums"]
+        checksums.verify(path, sums_of_all, sums_of_all, alone=True)
     run_ranks(world, train, settings)
     resumes = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"resume"' in line]
     assert resumes[-1]["step"] == max(left)
