@@ -6,6 +6,7 @@ Legend: B global batch, b local batch (rows of this rank), D feature size, W wor
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import inspect
 import os
@@ -110,6 +111,13 @@ def init(
 def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def new_cpu_group(timeout_s: float):
+    """A gloo process group of all ranks for the collectives of another thread; None in a single process. Collective."""
+    if world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
 
 def rank() -> int:
@@ -316,13 +324,14 @@ def exchange_rows(rows: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def gather_objects(value) -> list:
-    """One small picklable value per rank -> the list of all, on every rank (for messages and statistics, not steps)."""
+def gather_objects(value, group=None) -> list:
+    """One small picklable value per rank -> the list of all, on every rank (for messages and statistics, not steps).
+    group: a process group of all ranks, None: the default one."""
     if world_size() == 1:
         return [value]
     out = [None] * world_size()
-    with flight.collective("all_gather of objects"):
-        dist.all_gather_object(out, value)
+    with flight.collective("all_gather of objects") if group is None else contextlib.nullcontext():  # group: a thread's own
+        dist.all_gather_object(out, value, group)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, Callable
@@ -22,3 +23,13 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """`write_atomically` of bytes."""
     write_atomically(path, lambda file: file.write(data))
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring what a folder lists (names of files, renames) to the disk, where its file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

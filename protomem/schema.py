@@ -234,6 +234,7 @@ class Checkpoint:
     every: int = 2000
     keep: int = 2
     best: Optional[str] = None
+    asynchronous: bool = True
     resume: str = "auto"
 
 

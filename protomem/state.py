@@ -11,10 +11,8 @@ so the step number restores them exactly, at any world size.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pickle
 import re
 import shutil
 import warnings
@@ -26,10 +24,14 @@ import torch.distributed.checkpoint as dcp
 
 from protomem import checksums, distributed
 from protomem.errors import UserError
-from protomem.files import replace_file
+from protomem.files import replace_file, sync_folder
+from protomem.metadata import Reader, read_info
+from protomem.row_blocks import RowBlocks
 
 FOLDER = re.compile(r"step-(\d{8,})$")
 SHARDED = "prototypes."  # keys under which every rank holds other rows
+# DCP warns that a single process is a single process, and of torch's own deprecated calls.
+warnings.filterwarnings("ignore", module=r"torch\.distributed")
 
 
 # --- what goes into a checkpoint -----------------------------------------------------------------------------------
@@ -77,30 +79,38 @@ def _wrap(state: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
     return out
 
 
-@contextlib.contextmanager
-def _quiet():
-    """DCP warns that a single process is a single process, and of torch's own deprecated calls."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 # --- saving --------------------------------------------------------------------------------------------------------
 
 
-def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, info: dict, *, keep: int) -> Path:
+def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, info: dict, *, keep: int, group=None) -> Path:
     """Write checkpoint `folder/step-...`, point `last` at it, remove all but the newest `keep` (and `best`).
 
-    Collective. Raises UserError on every rank if any could not write; what was there before stays as it was.
+    Collective over `group` (a CPU process group of all ranks; None: the default one).
+    Raises UserError on every rank if any could not write; what was there before stays as it was.
     """
     folder = Path(folder)
     final, temporary = folder / f"step-{step:08d}", folder / f".writing-step-{step:08d}"
 
     def prepare():
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in (*folder.glob(".writing-*"), *folder.glob(".removed-*")):
-            shutil.rmtree(stale)
+        remove_remains(folder)
         temporary.mkdir()
+
+    def write():
+        planner = RowBlocks({name for name, value in state.items() if _is_rows(name, value)}, rows)
+        plain = {name: value.detach() for name, value in state.items()}
+        alone = distributed.world_size() == 1
+        writer = dcp.FileSystemWriter(temporary)
+        dcp.save(plain, storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
+
+    sums: dict[str, str] = {}
+
+    def add_up():
+        own = checksums.of_rank(temporary)
+        for part in distributed.gather_objects(own, group):
+            sums.update(part)
+        if distributed.rank() == 0:
+            sums[".metadata"] = checksums.sha256(temporary / ".metadata")
 
     def finish():
         shown = {**info, "step": step, "world_size": distributed.world_size(), "checksums": sums}
@@ -111,23 +121,11 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, inf
             os.fsync(file.fileno())
         if final.exists():
             _remove(final)
+        sync_folder(temporary)
         os.replace(temporary, final)
         _link(folder / "last", final)
+        sync_folder(folder)  # it survives a power cut before an older one goes
         _retain(folder, keep)
-
-    def write():
-        with _quiet():
-            alone = distributed.world_size() == 1
-            dcp.save(_wrap(state, rows), storage_writer=dcp.FileSystemWriter(temporary), no_dist=alone)
-
-    sums: dict[str, str] = {}
-
-    def add_up():
-        own = checksums.of_rank(temporary)
-        for part in distributed.gather_objects(own):
-            sums.update(part)
-        if distributed.rank() == 0:
-            sums[".metadata"] = checksums.sha256(temporary / ".metadata")
 
     for act, everybody in ((prepare, False), (write, True), (add_up, True), (finish, False)):
         problem = None
@@ -136,7 +134,7 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, inf
                 act()
             except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
                 problem = str(error).strip().splitlines()[-1]
-        if problems := [p for p in distributed.gather_objects(problem) if p]:
+        if problems := [p for p in distributed.gather_objects(problem, group) if p]:
             if distributed.rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"cannot write checkpoint {final}: {problems[0]}; free the disk or set another output folder")
@@ -155,6 +153,12 @@ def _remove(path: Path) -> None:
     hidden = path.with_name(f".removed-{path.name}")
     os.replace(path, hidden)
     shutil.rmtree(hidden)
+
+
+def remove_remains(folder: Path) -> None:
+    """Delete what an interrupted save or removal has left behind. Main rank only."""
+    for stale in (*Path(folder).glob(".writing-*"), *Path(folder).glob(".removed-*")):
+        shutil.rmtree(stale)
 
 
 def mark_best(folder: Path, path: Path, record: dict) -> None:
@@ -190,11 +194,10 @@ def _complete(path: Path) -> bool:
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint that a run wrote last: what `last` points at, else the one with the highest step; None if none."""
-    if _complete(Path(folder) / "last"):
-        return (Path(folder) / "last").resolve()
+    """The complete checkpoint of a run with the highest step, None if none. Not what `last` points at: that link is for
+    people, and a kill may leave it one checkpoint behind."""
     found = checkpoints(folder)
-    return found[-1] if found else None
+    return found[-1].resolve() if found else None
 
 
 def locate(path: str | Path) -> Path:
@@ -217,58 +220,11 @@ def find(folder: Path, resume: str, restarted: bool) -> Path | None:
     return locate(resume)
 
 
-def read_info(path: Path) -> dict:
-    """`training.json` of a checkpoint. Raises UserError if it is not readable."""
-    try:
-        return json.loads((Path(path) / "training.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {path}: training.json cannot be read ({error}); take another checkpoint") from None
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """DCP's `.metadata` is a pickle; only the data classes that it is made of are ever constructed."""
-
-    CLASSES = {
-        "torch.distributed.checkpoint.metadata": {
-            *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
-            *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
-        "pathlib._local": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
-        "torch.serialization": {"_get_layout"},
-        "torch": {"Size", "strided"},
-    }
-
-    def find_class(self, module, name):
-        allowed = name in self.CLASSES.get(module, ())
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            allowed = True
-        if not allowed:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
-
-
-class _Reader(dcp.FileSystemReader):
-    def read_metadata(self, *args, **kwargs):
-        try:
-            with open(Path(self.path) / ".metadata", "rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-        except FileNotFoundError:
-            raise UserError(f"checkpoint {self.path} is incomplete: .metadata is missing; take another checkpoint") from None
-        except Exception as error:  # whatever a damaged or hostile pickle raises
-            raise UserError(f"checkpoint {self.path}: .metadata refused ({error})") from None
-        if metadata.storage_meta is None:
-            metadata.storage_meta = dcp.metadata.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
 def _read(path: Path, alone: bool) -> tuple[dict, dcp.metadata.Metadata]:
     """(training.json, DCP's metadata) of a checkpoint."""
     info = read_info(path)
     checksums.verify(path, info.get("checksums", {}), [".metadata"], alone)
-    return info, _Reader(path).read_metadata()
+    return info, Reader(path).read_metadata()
 
 
 def _size(entry) -> list[int] | None:
@@ -280,8 +236,7 @@ def _load(state: dict, path: Path, info: dict, metadata, alone: bool) -> None:
     needed = {entry.relative_path for key, entry in metadata.storage_data.items() if key.fqn in state}
     checksums.verify(path, info.get("checksums", {}), needed, alone)
     try:
-        with _quiet():
-            dcp.load(state, storage_reader=_Reader(path), no_dist=alone)
+        dcp.load(state, storage_reader=Reader(path), no_dist=alone)
     except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"checkpoint {path} is damaged ({reason}); take another checkpoint") from None

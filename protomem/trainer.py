@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from protomem import build, checks, composition, distributed, flight, optim, state
+from protomem import build, checkpointing, checks, composition, distributed, flight, optim, state
 from protomem.data.augment import AugmentOptions
 from protomem.data.inspect import known_bad
 from protomem.data.pairs import read_bin
@@ -92,89 +92,6 @@ class Run:
             s.final_lr,
         )
 
-    # --- checkpoints -----------------------------------------------------------------------------------------------
-
-    def _identity(self) -> dict:
-        """What a checkpoint's step number means: it is only a position in this data with this batch size and seed."""
-        c = self.config
-        return {
-            "images": len(self.records),
-            "identities": self.records.num_classes,
-            "batch_size": c.train.batch_size,
-            "seed": c.train.seed,
-            "optimizer": c.optimizer.name,
-            "sampler": c.data.sampler.name,
-            "images_per_identity": c.data.sampler.images_per_identity if c.data.sampler.name != "shuffled" else None,
-            # Groups are a function of these; a look-alike table and an averaged encoder are there or not.
-            "group": [self.sampler.groups, self.sampler.passes] if c.data.sampler.name == "group" else None,
-            "look_alikes": c.data.sampler.pick == "look_alike",
-            "key_encoder": self.key_encoder is not None,
-        }
-
-    def _modules(self) -> dict[str, torch.nn.Module]:
-        more = {"contrast": self.contrast, "key_encoder": self.key_encoder}
-        all_of_them = {"encoder": self.encoder, "prototypes": self.prototypes, "criterion": self.criterion, **more}
-        return {name: module for name, module in all_of_them.items() if module is not None}
-
-    def resume(self) -> Path | None:
-        found, restarted = None, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-        def find():
-            nonlocal found
-            found = state.find(self.folder / "checkpoints", self.config.checkpoint.resume, restarted)
-
-        distributed.main_first(find)
-        path = distributed.broadcast_object(str(found or "") if self.context.is_main else None)
-        if not path:
-            return None
-        info = state.read_info(path)
-        for key, value in self._identity().items():
-            if info["run"].get(key, value) != value:
-                raise UserError(
-                    f"checkpoint {path} was made with {key}={info['run'].get(key)}, this run has {value}; restore it, or "
-                    "start anew with checkpoint.resume=none and another output folder"
-                )
-        more = tuple(f"sampler.{name}" for name in self.memory.sampler_tensors()) if self.memory else ()
-        info, loaded = state.load(path, self._modules(), self.optimizers, more)
-        self.step = info["step"]
-        if self.memory:
-            tensors = {name.removeprefix("sampler."): value for name, value in loaded.items()}
-            self.memory.restore_sampler(self.step, info["sampler"], tensors)
-        if self.scaler and info.get("scaler"):
-            self.scaler.load_state_dict(info["scaler"])
-        return Path(path)
-
-    def save(self) -> Path:
-        self._check_finite()
-        if isinstance(rows := self.optimizers.get("prototypes"), optim.RowSGD):
-            rows.catch_up()
-        tensors = state.named_state(self._modules(), self.optimizers)
-        floats = torch.stack([t.detach().isfinite().all() for t in tensors.values() if t.is_floating_point()])
-        self.finite *= distributed.all_reduce(floats.all().float(), "min")
-        self._check_finite()
-        for encoder in (self.encoder, self.key_encoder):
-            if encoder is not None:
-                state.average_statistics(encoder)
-        numbers, more = self.memory.sampler_state(self.step) if self.memory else ({}, {})
-        info = {
-            "run": self._identity(),
-            "sampler": numbers,
-            "scaler": self.scaler.state_dict() if self.scaler else None,
-            "config": OmegaConf.to_container(self.config),
-        }
-        with flight.collective("checkpoint"):
-            path = state.save(
-                self.folder / "checkpoints",
-                self.step,
-                tensors | {f"sampler.{name}": value for name, value in more.items()},
-                self.prototypes.total_rows,
-                info,
-                keep=self.config.checkpoint.keep,
-            )
-        self.saved = self.step
-        self.log.event("checkpoint", step=self.step, path=str(path))
-        return path
-
     # --- evaluation ------------------------------------------------------------------------------------------------
 
     def evaluate(self, tag: str) -> dict:
@@ -213,7 +130,7 @@ class Run:
 
     def run(self, stop: StopRequest) -> bool:
         """Train up to the end, or until `stop` was asked for; whether it was the end."""
-        resumed = self.resume()
+        resumed = checkpointing.resume(self)
         c = self.config
         self.log = RunLog(
             self.folder,
@@ -224,7 +141,8 @@ class Run:
             tensorboard=c.log.tensorboard,
             resume_step=self.step if resumed else -1,
         )
-        try:
+        self.saver = checkpointing.saver(self)
+        with contextlib.closing(self.log), self.saver:
             if resumed:
                 self.log.event("resume", step=self.step, path=str(resumed), world_size=self.context.world_size)
             elif c.evaluate.initial:
@@ -233,13 +151,12 @@ class Run:
             if self.context.is_main:
                 marker.unlink(missing_ok=True)
             finished = self._train(stop)
+            self.saver.wait()
             if finished and self.context.is_main:
                 self.log.event("report", path=str(write_report(self.folder)))
             elif self.context.is_main:  # for scripts: torchrun does not pass on which of the two it was
                 replace_file(marker, f"at step {self.step} of {self.total} by {stop.reason()}\n".encode())
             return finished
-        finally:
-            self.log.close()
 
     def prepare(self) -> None:
         """What `_one_step` needs: the encoder as it is trained, and the counters of a logging interval."""
@@ -273,11 +190,14 @@ class Run:
                     self._periodic()
                     if self.step == self.total:
                         break
+                    if self.step % ask == 0:
+                        self.saver.poll(self.device)
                     if self.step % ask == 0 and stop.on_any_rank(self.device):
                         stop.hold()
                         flight.at_step(None)
                         if self.saved != self.step:
-                            self.save()
+                            checkpointing.save(self)
+                        self.saver.wait()
                         self.log.event("stopped", step=self.step, reason=stop.reason())
                         return False
         return True
@@ -423,14 +343,16 @@ class Run:
         if skipped.sum() > 0:
             values["skipped_images"] = int(skipped.sum())
         self.log.step(self.step, values)
-        self._check_finite()
+        self.check_finite()
         if self.memory:
             self.memory.check()
         self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": now}
 
-    def _check_finite(self) -> None:
+    def check_finite(self) -> None:
         if not self.finite.item():
-            kept = f"the checkpoint of step {self.saved} is intact" if self.saved else "nothing was saved"
+            with contextlib.suppress(UserError):
+                self.saver.wait()  # what is being written was finite
+            kept = f"the checkpoint of step {self.saver.written} is intact" if self.saver.written else "nothing was saved"
             raise UserError(
                 f"the loss became NaN or infinite by step {self.step}; {kept}: lower optimizer.lr, set optimizer.clip, or "
                 "lengthen the warm-up, and start again"
@@ -441,11 +363,12 @@ class Run:
         flight.at_step(None)
         path = None  # saved first: an evaluation that fails must not cost the training
         if last or (c.checkpoint.every and self.step % c.checkpoint.every == 0):
-            path = self.save()
+            path = checkpointing.save(self)
         if self.sets and (last or (c.evaluate.every and self.step % c.evaluate.every == 0)):
             results = self.evaluate("final" if last else f"step-{self.step}")
             if self._improved(results):
-                path = path or self.save()
+                path = path or checkpointing.save(self)
+                self.saver.wait()
                 if self.context.is_main:
                     state.mark_best(self.folder / "checkpoints", path, self.best)
         flight.at_step(self.step + 1)
