@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Callable
 
@@ -83,7 +84,7 @@ def templates(
         raise UserError("--pooling quality needs a set with train.quality.npy, not lists; use mean and norm")
     if lists:
         names, protocol = read_protocol(*lists)
-        missing = [name for name in names if not (Path(data) / name).is_file()]
+        missing = [name for name in names if not os.path.isfile(Path(data) / name)]
         if missing:
             raise UserError(f"{Path(data) / missing[0]} does not exist, but {lists[0]} lists it (and {len(missing) - 1} more)")
         count, read = len(names), lambda i: (Path(data) / names[i]).read_bytes()

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from protomem.environment import SECRET, environment
+from protomem.environment import environment
 from protomem.errors import UserError
-from protomem.files import replace_file
+from protomem.files import parse_json, replace_file
+from protomem.redact import hide, printable, without_secrets
 
 
 class RunLog:
@@ -22,7 +23,8 @@ class RunLog:
 
     Only the main rank (`is_main`) writes or prints; on the others every method does nothing.
     total_steps: the planned end, for the progress and the eta. config: the resolved configuration (plain dict); values
-    whose key names a secret (api_key, password, secret, token) are hidden wherever the config goes.
+    whose key names a secret, values of environment variables that do, and credentials in URLs (protomem/redact.py) are
+    hidden in all that is written, printed and sent.
     console: print a line per call and, on a terminal, a progress bar. wandb: {"mode": "disabled", "offline" or
     "online", "project", "name", "entity"}; the API key is wandb's own business (`wandb login` or WANDB_API_KEY).
     tensorboard: event files in `folder/tensorboard`.
@@ -55,7 +57,7 @@ class RunLog:
         # The services first: they may refuse, and then nothing of this run has been touched.
         writer = _tensorboard_writer() if tensorboard else None
         if (wandb or {}).get("mode", "disabled") != "disabled":
-            self._wandb = _start_wandb(folder, config, **wandb)
+            self._wandb = _start_wandb(folder, config, **without_secrets(wandb))
         if writer:
             purge = None if resume_step is None else max(resume_step + 1, 0)
             self._tensorboard = writer(folder / "tensorboard", purge_step=purge)
@@ -135,10 +137,11 @@ class RunLog:
             self._wandb.finish()
 
     def _write(self, record: dict) -> None:
-        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.write(json.dumps(_finite(without_secrets(record))) + "\n")
         self._file.flush()
 
     def _print(self, line: str) -> None:
+        line = printable(hide(line))
         if self._progress:
             self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
         elif self.console:
@@ -206,15 +209,6 @@ def peak_memory_gb() -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def without_secrets(config):
-    """A copy of nested dicts and lists in which the value of every key that names a secret reads "(hidden)"."""
-    if isinstance(config, dict):
-        return {k: "(hidden)" if v and SECRET.search(str(k)) else without_secrets(v) for k, v in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [without_secrets(v) for v in config]
-    return config
 
 
 def _number(value):

@@ -20,6 +20,7 @@ from protomem.errors import UserError
 from protomem.evaluate.extract import evaluate_bins
 from protomem.memory_run import MemoryRun
 from protomem.metrics import RunLog
+from protomem.redact import without_secrets
 from protomem.report import save_evaluation, write_report
 from protomem.schedule import learning_rate
 from protomem.seeds import mix
@@ -154,7 +155,7 @@ class Run:
             "run": self._identity(),
             "sampler": numbers,
             "scaler": self.scaler.state_dict() if self.scaler else None,
-            "config": OmegaConf.to_container(self.config),
+            "config": without_secrets(OmegaConf.to_container(self.config)),
         }
         path = state.save(
             self.folder / "checkpoints",
