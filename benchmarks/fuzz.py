@@ -40,7 +40,7 @@ def main() -> int:
         rows.append(row)
         print("  ".join(f"{k} {v}" for k, v in row.items() if k != "what"), flush=True)
         for number, (what, where) in enumerate(sorted(tally.findings.items(), key=lambda f: -len(f[1]))):
-            print(f"    {len(where)} x {what}   (first: {where[0]})", flush=True)
+            print(f"    {len(where)} x {what}   (first: {where[0]}: {tally.examples.get(what, '')[:160]})", flush=True)
             if arguments.keep:
                 for file, data in next(inputs(where[0]))[1].items():
                     path = arguments.keep / name / str(number) / file

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Callable
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from protomem import build, config, distributed, state
 from protomem.data.records import open_records
@@ -23,7 +22,7 @@ def load_run(run: Path, device) -> tuple:
     """(config, encoder with the trained weights, training.json) of a run folder or a checkpoint folder."""
     checkpoint = state.locate(run)
     info = state.read_info(checkpoint)
-    settings = OmegaConf.merge(OmegaConf.structured(config.Config), info["config"])
+    settings = config.of_checkpoint(info.get("config"), checkpoint)
     # What the machine at hand may lack and the embeddings do not depend on.
     settings.encoder.weights, settings.encoder.sync_bn, settings.data.loader = None, False, "auto"
     encoder = build.encoder_from(settings, device)

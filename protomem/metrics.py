@@ -149,16 +149,41 @@ class RunLog:
 
 
 def read_metrics(folder) -> list[dict]:
-    """The records of `folder/metrics.jsonl`, oldest first; lines that are no JSON object (a cut last line) left out."""
+    """The records of `folder/metrics.jsonl`, oldest first; lines that are no record (a cut last line) left out."""
     path, records = Path(folder) / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
+    if not path.exists():
+        return records
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = parse_json(line)
+            except ValueError:
+                continue
+            if _is_record(record):
+                records.append(record)
     return records
+
+
+def _is_record(record) -> bool:
+    """Whether this is what RunLog writes: numbers of a step, or an event with a name."""
+    if not isinstance(record, dict):
+        return False
+    step, event, when = record.get("step", 0), record.get("event", ""), record.get("time", 0)
+    if type(step) is not int or not 0 <= step < 2**53 or not isinstance(event, str):
+        return False
+    if type(when) not in (int, float) or not 0 <= when < 2**36:
+        return False
+    rest = {k: v for k, v in record.items() if k != "event"}
+    if "event" not in record:
+        return "step" in record and all(_is_value(v) for v in rest.values())
+    if event == "evaluation":
+        texts, flags = {"name", "tag"}, {"rendered"}
+        return all(isinstance(v, str) if k in texts else isinstance(v, bool) if k in flags else _is_value(v) for k, v in rest.items())
+    return event != "templates"
+
+
+def _is_value(value) -> bool:
+    return value is None or type(value) in (int, float) and abs(value) < 1e300
 
 
 def step_line(step: int, total_steps: int, values: dict, eta_s: float) -> str:
@@ -232,8 +257,10 @@ def _truncate(path: Path, resume_step: int | None) -> None:
     kept = []
     for line in data.splitlines(keepends=True):
         try:
-            step = json.loads(line).get("step", -1)
+            step = parse_json(line).get("step", -1)
         except (ValueError, AttributeError):
+            continue
+        if type(step) is not int:
             continue
         # Lines are in order of time: what stands behind the first line past the resume point belongs to the lost steps.
         if not line.endswith(b"\n") or (resume_step is not None and step > resume_step) or resume_step == -1:

@@ -78,7 +78,8 @@ def head(name: str, records: list[dict], environment: dict) -> str:
         if last.get("memory_gb") is not None:
             facts.append(("peak memory", f"{max(r.get('memory_gb') or 0 for r in steps):.1f} GB"))
     if environment:
-        gpus = environment.get("gpus") or []
+        gpus = environment.get("gpus")
+        gpus = gpus if isinstance(gpus, list) else []
         facts.append(("ranks", environment.get("world_size")))
         facts.append(("device", f"{len(gpus)} × {gpus[0]}" if gpus else environment.get("cpu")))
         facts.append(("protomem", f"{environment.get('protomem')} {environment.get('commit') or ''}"))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import re
 import shutil
 import warnings
@@ -26,7 +25,8 @@ import torch.distributed.checkpoint as dcp
 
 from protomem import checksums, distributed
 from protomem.errors import UserError
-from protomem.files import replace_file
+from protomem.files import read_json, replace_file
+from protomem.metadata import Reader, read_info
 
 FOLDER = re.compile(r"step-(\d{8,})$")
 SHARDED = "prototypes."  # keys under which every rank holds other rows
@@ -98,8 +98,7 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, inf
 
     def prepare():
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in (*folder.glob(".writing-*"), *folder.glob(".removed-*")):
-            shutil.rmtree(stale)
+        remove_remains(folder)
         temporary.mkdir()
 
     def finish():
@@ -157,6 +156,12 @@ def _remove(path: Path) -> None:
     shutil.rmtree(hidden)
 
 
+def remove_remains(folder: Path) -> None:
+    """Delete what an interrupted save or removal has left behind. Main rank only."""
+    for stale in (*Path(folder).glob(".writing-*"), *Path(folder).glob(".removed-*")):
+        shutil.rmtree(stale)
+
+
 def mark_best(folder: Path, path: Path, record: dict) -> None:
     """Point `best` at a checkpoint and remember why (step, pair set, accuracy). Main rank only."""
     replace_file(Path(folder) / "best.json", json.dumps(record).encode())
@@ -166,7 +171,15 @@ def mark_best(folder: Path, path: Path, record: dict) -> None:
 def best_so_far(folder: Path) -> dict | None:
     """What `mark_best` remembered last, if anything."""
     file = Path(folder) / "best.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        best = read_json(file)
+        if isinstance(best["set"], str) and isinstance(best["accuracy"], float):
+            return best
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{file} cannot be read; delete it (the next evaluation then counts as the best so far)")
 
 
 def _retain(folder: Path, keep: int) -> None:
@@ -190,11 +203,10 @@ def _complete(path: Path) -> bool:
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint that a run wrote last: what `last` points at, else the one with the highest step; None if none."""
-    if _complete(Path(folder) / "last"):
-        return (Path(folder) / "last").resolve()
+    """The complete checkpoint of a run with the highest step, None if none. Not what `last` points at: that link is for
+    people, and a kill may leave it one checkpoint behind."""
     found = checkpoints(folder)
-    return found[-1] if found else None
+    return found[-1].resolve() if found else None
 
 
 def locate(path: str | Path) -> Path:
@@ -217,58 +229,11 @@ def find(folder: Path, resume: str, restarted: bool) -> Path | None:
     return locate(resume)
 
 
-def read_info(path: Path) -> dict:
-    """`training.json` of a checkpoint. Raises UserError if it is not readable."""
-    try:
-        return json.loads((Path(path) / "training.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {path}: training.json cannot be read ({error}); take another checkpoint") from None
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """DCP's `.metadata` is a pickle; only the data classes that it is made of are ever constructed."""
-
-    CLASSES = {
-        "torch.distributed.checkpoint.metadata": {
-            *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
-            *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
-        "pathlib._local": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
-        "torch.serialization": {"_get_layout"},
-        "torch": {"Size", "strided"},
-    }
-
-    def find_class(self, module, name):
-        allowed = name in self.CLASSES.get(module, ())
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            allowed = True
-        if not allowed:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
-
-
-class _Reader(dcp.FileSystemReader):
-    def read_metadata(self, *args, **kwargs):
-        try:
-            with open(Path(self.path) / ".metadata", "rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-        except FileNotFoundError:
-            raise UserError(f"checkpoint {self.path} is incomplete: .metadata is missing; take another checkpoint") from None
-        except Exception as error:  # whatever a damaged or hostile pickle raises
-            raise UserError(f"checkpoint {self.path}: .metadata refused ({error})") from None
-        if metadata.storage_meta is None:
-            metadata.storage_meta = dcp.metadata.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
 def _read(path: Path, alone: bool) -> tuple[dict, dcp.metadata.Metadata]:
     """(training.json, DCP's metadata) of a checkpoint."""
     info = read_info(path)
     checksums.verify(path, info.get("checksums", {}), [".metadata"], alone)
-    return info, _Reader(path).read_metadata()
+    return info, Reader(path).read_metadata()
 
 
 def _size(entry) -> list[int] | None:
@@ -281,9 +246,9 @@ def _load(state: dict, path: Path, info: dict, metadata, alone: bool) -> None:
     checksums.verify(path, info.get("checksums", {}), needed, alone)
     try:
         with _quiet():
-            dcp.load(state, storage_reader=_Reader(path), no_dist=alone)
-    except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
+            dcp.load(state, storage_reader=Reader(path), no_dist=alone)
+    except (dcp.api.CheckpointException, Exception) as error:  # damaged bytes make torch's readers fail in any way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise UserError(f"checkpoint {path} is damaged ({reason}); take another checkpoint") from None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from protomem import build, checks, composition, distributed, optim, state
+from protomem import build, checkpointing, checks, composition, distributed, optim, state
 from protomem.data.augment import AugmentOptions
 from protomem.data.inspect import known_bad
 from protomem.data.pairs import read_bin
@@ -20,7 +20,6 @@ from protomem.errors import UserError
 from protomem.evaluate.extract import evaluate_bins
 from protomem.memory_run import MemoryRun
 from protomem.metrics import RunLog
-from protomem.redact import without_secrets
 from protomem.report import save_evaluation, write_report
 from protomem.schedule import learning_rate
 from protomem.seeds import mix
@@ -89,86 +88,6 @@ class Run:
             s.final_lr,
         )
 
-    # --- checkpoints -----------------------------------------------------------------------------------------------
-
-    def _identity(self) -> dict:
-        """What a checkpoint's step number means: it is only a position in this data with this batch size and seed."""
-        c = self.config
-        return {
-            "images": len(self.records),
-            "identities": self.records.num_classes,
-            "batch_size": c.train.batch_size,
-            "seed": c.train.seed,
-            "optimizer": c.optimizer.name,
-            "sampler": c.data.sampler.name,
-            "images_per_identity": c.data.sampler.images_per_identity if c.data.sampler.name != "shuffled" else None,
-            # Groups are a function of these; a look-alike table and an averaged encoder are there or not.
-            "group": [self.sampler.groups, self.sampler.passes] if c.data.sampler.name == "group" else None,
-            "look_alikes": c.data.sampler.pick == "look_alike",
-            "key_encoder": self.key_encoder is not None,
-        }
-
-    def _modules(self) -> dict[str, torch.nn.Module]:
-        more = {"contrast": self.contrast, "key_encoder": self.key_encoder}
-        all_of_them = {"encoder": self.encoder, "prototypes": self.prototypes, "criterion": self.criterion, **more}
-        return {name: module for name, module in all_of_them.items() if module is not None}
-
-    def resume(self) -> Path | None:
-        found, restarted = None, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-        def find():
-            nonlocal found
-            found = state.find(self.folder / "checkpoints", self.config.checkpoint.resume, restarted)
-
-        distributed.main_first(find)
-        path = distributed.broadcast_object(str(found or "") if self.context.is_main else None)
-        if not path:
-            return None
-        info = state.read_info(path)
-        for key, value in self._identity().items():
-            if info["run"].get(key, value) != value:
-                raise UserError(
-                    f"checkpoint {path} was made with {key}={info['run'].get(key)}, this run has {value}; restore it, or "
-                    "start anew with checkpoint.resume=none and another output folder"
-                )
-        more = tuple(f"sampler.{name}" for name in self.memory.sampler_tensors()) if self.memory else ()
-        info, loaded = state.load(path, self._modules(), self.optimizers, more)
-        self.step = info["step"]
-        if self.memory:
-            tensors = {name.removeprefix("sampler."): value for name, value in loaded.items()}
-            self.memory.restore_sampler(self.step, info["sampler"], tensors)
-        if self.scaler and info.get("scaler"):
-            self.scaler.load_state_dict(info["scaler"])
-        return Path(path)
-
-    def save(self) -> Path:
-        self._check_finite()
-        tensors = state.named_state(self._modules(), self.optimizers)
-        floats = torch.stack([t.detach().isfinite().all() for t in tensors.values() if t.is_floating_point()])
-        self.finite *= distributed.all_reduce(floats.all().float(), "min")
-        self._check_finite()
-        for encoder in (self.encoder, self.key_encoder):
-            if encoder is not None:
-                state.average_statistics(encoder)
-        numbers, more = self.memory.sampler_state(self.step) if self.memory else ({}, {})
-        info = {
-            "run": self._identity(),
-            "sampler": numbers,
-            "scaler": self.scaler.state_dict() if self.scaler else None,
-            "config": without_secrets(OmegaConf.to_container(self.config)),
-        }
-        path = state.save(
-            self.folder / "checkpoints",
-            self.step,
-            tensors | {f"sampler.{name}": value for name, value in more.items()},
-            self.prototypes.total_rows,
-            info,
-            keep=self.config.checkpoint.keep,
-        )
-        self.saved = self.step
-        self.log.event("checkpoint", step=self.step, path=str(path))
-        return path
-
     # --- evaluation ------------------------------------------------------------------------------------------------
 
     def evaluate(self, tag: str) -> dict:
@@ -205,7 +124,7 @@ class Run:
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        resumed = self.resume()
+        resumed = checkpointing.resume(self)
         c = self.config
         self.log = RunLog(
             self.folder,
@@ -256,7 +175,7 @@ class Run:
                         break
                     if self.step % ask == 0 and stop.on_any_rank(self.device):
                         if self.saved != self.step:
-                            self.save()
+                            checkpointing.save(self)
                         self.log.event("stopped", step=self.step, reason=stop.reason())
                         return False
         return True
@@ -399,12 +318,12 @@ class Run:
         if skipped > 0:
             values["skipped_images"] = int(skipped)
         self.log.step(self.step, values)
-        self._check_finite()
+        self.check_finite()
         if self.memory:
             self.memory.check()
         self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": now}
 
-    def _check_finite(self) -> None:
+    def check_finite(self) -> None:
         if not self.finite.item():
             kept = f"the checkpoint of step {self.saved} is intact" if self.saved else "nothing was saved"
             raise UserError(
@@ -416,11 +335,11 @@ class Run:
         c, last, start = self.config, self.step == self.total, time.monotonic()
         path = None  # saved first: an evaluation that fails must not cost the training
         if last or (c.checkpoint.every and self.step % c.checkpoint.every == 0):
-            path = self.save()
+            path = checkpointing.save(self)
         if self.sets and (last or (c.evaluate.every and self.step % c.evaluate.every == 0)):
             results = self.evaluate("final" if last else f"step-{self.step}")
             if self._improved(results):
-                path = path or self.save()
+                path = path or checkpointing.save(self)
                 if self.context.is_main:
                     state.mark_best(self.folder / "checkpoints", path, self.best)
         self.interval["since"] += time.monotonic() - start  # evaluating and saving is not training time

@@ -74,6 +74,7 @@ class Tally:
     refused: int = 0
     slowest: float = 0.0  # processor seconds of one input
     findings: dict[str, list[int]] = field(default_factory=dict)  # what -> numbers of the inputs
+    examples: dict[str, str] = field(default_factory=dict)  # what -> the whole text of the first
 
 
 def change(data: bytes, operation: int, place: int, value: int, target: Target, other: bytes) -> bytes:
@@ -294,7 +295,9 @@ def _follow(child: int, receive: int, cell, end: float, tally: Tally) -> int:
                 if kind in ("accepted", "refused"):
                     setattr(tally, kind, getattr(tally, kind) + 1)
                 else:
-                    tally.findings.setdefault(f"{kind}: {text}", []).append(last)
+                    what = f"{kind}: {text.partition(': ')[0]}"
+                    tally.findings.setdefault(what, []).append(last)
+                    tally.examples.setdefault(what, text)
         if killed is None and (now > end or now > heard + STILL):
             killed = "end" if now > end and now < heard + STILL else f"no answer within {STILL} s"
             os.kill(child, signal.SIGKILL)

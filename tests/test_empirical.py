@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from protomem import config, state
 from protomem.errors import UserError
 from protomem.head import HEADS
+from protomem.metadata import Reader
 from protomem.objective.criterion import Criterion
 from protomem.objective.margins import build_margin
 from protomem.prototypes.classifier import ClassifierShard
@@ -151,7 +152,7 @@ def test_what_makes_no_sense_is_refused(given, message):
 
 def saved(path, *names) -> dict[str, torch.Tensor]:
     """Tensors of a checkpoint."""
-    metadata = state._Reader(path).read_metadata().state_dict_metadata
+    metadata = Reader(path).read_metadata().state_dict_metadata
     out = {name: torch.zeros(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names}
     state._load(out, path, *state._read(path, True), True)
     return out

@@ -1,0 +1,101 @@
+"""When a run goes on from a checkpoint, and what it puts into one (protomem/state.py writes and reads it)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from protomem import distributed, state
+from protomem.errors import UserError
+from protomem.redact import without_secrets
+
+
+def identity(run) -> dict:
+    """What a checkpoint's step number means: it is only a position in this data with this batch size and seed."""
+    c = run.config
+    return {
+        "images": len(run.records),
+        "identities": run.records.num_classes,
+        "batch_size": c.train.batch_size,
+        "seed": c.train.seed,
+        "optimizer": c.optimizer.name,
+        "sampler": c.data.sampler.name,
+        "images_per_identity": c.data.sampler.images_per_identity if c.data.sampler.name != "shuffled" else None,
+        # Groups are a function of these; a look-alike table and an averaged encoder are there or not.
+        "group": [run.sampler.groups, run.sampler.passes] if c.data.sampler.name == "group" else None,
+        "look_alikes": c.data.sampler.pick == "look_alike",
+        "key_encoder": run.key_encoder is not None,
+    }
+
+
+def modules(run) -> dict[str, torch.nn.Module]:
+    """The parts of a run that have state, by the names that they have in a checkpoint."""
+    more = {"contrast": run.contrast, "key_encoder": run.key_encoder}
+    all_of_them = {"encoder": run.encoder, "prototypes": run.prototypes, "criterion": run.criterion, **more}
+    return {name: module for name, module in all_of_them.items() if module is not None}
+
+
+def resume(run) -> Path | None:
+    """Load the checkpoint that this run goes on from into its parts, and return it; None for a start. Collective."""
+    found, restarted = None, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+    def find():
+        nonlocal found
+        found = state.find(run.folder / "checkpoints", run.config.checkpoint.resume, restarted)
+
+    distributed.main_first(find)
+    path = distributed.broadcast_object(str(found or "") if run.context.is_main else None)
+    if not path:
+        return None
+    info = state.read_info(path)
+    for key, value in identity(run).items():
+        if info["run"].get(key, value) != value:
+            raise UserError(
+                f"checkpoint {path} was made with {key}={info['run'].get(key)}, this run has {value}; restore it, or "
+                "start anew with checkpoint.resume=none and another output folder"
+            )
+    more = tuple(f"sampler.{name}" for name in run.memory.sampler_tensors()) if run.memory else ()
+    info, loaded = state.load(path, modules(run), run.optimizers, more)
+    run.step = info["step"]
+    try:
+        if run.memory:
+            tensors = {name.removeprefix("sampler."): value for name, value in loaded.items()}
+            run.memory.restore_sampler(run.step, info["sampler"], tensors)
+        if run.scaler and info.get("scaler"):
+            run.scaler.load_state_dict(info["scaler"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint {path}: training.json lacks what this run needs ({error}); take another checkpoint") from error
+    return Path(path)
+
+
+def save(run) -> Path:
+    """Write a checkpoint of the run's state; never of one that is not finite. Collective."""
+    run.check_finite()
+    tensors = state.named_state(modules(run), run.optimizers)
+    floats = torch.stack([t.detach().isfinite().all() for t in tensors.values() if t.is_floating_point()])
+    run.finite *= distributed.all_reduce(floats.all().float(), "min")
+    run.check_finite()
+    for encoder in (run.encoder, run.key_encoder):
+        if encoder is not None:
+            state.average_statistics(encoder)
+    numbers, more = run.memory.sampler_state(run.step) if run.memory else ({}, {})
+    info = {
+        "run": identity(run),
+        "sampler": numbers,
+        "scaler": run.scaler.state_dict() if run.scaler else None,
+        "config": without_secrets(OmegaConf.to_container(run.config)),
+    }
+    path = state.save(
+        run.folder / "checkpoints",
+        run.step,
+        tensors | {f"sampler.{name}": value for name, value in more.items()},
+        run.prototypes.total_rows,
+        info,
+        keep=run.config.checkpoint.keep,
+    )
+    run.saved = run.step
+    run.log.event("checkpoint", step=run.step, path=str(path))
+    return path
