@@ -99,8 +99,8 @@ def _check(data: dict) -> None:
     for name, kinds in (forms | {"thumbnail_bytes": "u", "thumbnail_kinds": "U", "fold_accuracies": "f"}).items():
         if data[name].dtype.kind not in kinds:
             raise ValueError(f"{name} is {data[name].dtype}")
-    if not (n and np.isfinite(data["scores"]).all() and np.isfinite(data["norms"]).all()):
-        raise ValueError("scores or norms are not finite")
+    if not (n and (np.abs(data["scores"]) <= 1.001).all() and (data["norms"] >= 0).all() and np.isfinite(data["norms"]).all()):
+        raise ValueError("scores are no cosines, or norms no lengths")
     if data["quality"].shape not in ((0,), (2 * n,)) or set(data["thumbnail_kinds"].tolist()) - report_page.KINDS.keys():
         raise ValueError("quality or thumbnail_kinds do not fit")
     if not ((data["thumbnail_pairs"] >= 0) & (data["thumbnail_pairs"] < n)).all() or (pictures < 0).any():

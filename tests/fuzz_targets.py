@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from protomem import commands, config, metrics, report, report_page, report_plots, state
+from protomem import config, metrics, report, report_page, report_plots, state
 from protomem.data import decode as decoding
 from protomem.data import images, inspect, rec_index
 from protomem.data.index_cache import load_column
-from protomem.data.pairs import pairs_from_folder, read_bin, write_bin
+from protomem.data.pairs import pairs_from_folder, read_bin
 from protomem.data.recordio import RecordIO, RecordWriter
 from protomem.data.records import open_records
 from protomem.encoder.weights import read_tensors
@@ -397,17 +397,15 @@ def checkpoint_seeds() -> list[Files]:
     return [files | {"step-00000003/training.json": json.dumps(info).encode()}, files]
 
 
-def run_checkpoint(folder: Path) -> None:
-    state.best_so_far(folder)
-    info = state.read_info(state.locate(folder))
-    commands.settings_of(info, folder) if hasattr(commands, "settings_of") else _settings(info)
+def run_metadata(folder: Path) -> None:
     state.load_encoder(state.locate(folder), _Net())
 
 
-def _settings(info):
-    from omegaconf import OmegaConf
-
-    return OmegaConf.merge(OmegaConf.structured(config.Config), info["config"])
+def run_checkpoint(folder: Path) -> None:
+    state.best_so_far(folder)
+    path = state.locate(folder)
+    config.of_checkpoint(state.read_info(path).get("config"), path)
+    state.load_encoder(path, _Net())
 
 
 @functools.cache
@@ -501,7 +499,10 @@ CONFIG_WORDS += (b"${oc.decode:x}", b"${" * 500, b": " * 300, b".inf", b"- ")
 
 
 def run_config(folder: Path) -> None:
-    config.load([str(folder / "a.yaml")], ["output=o", "data.train=d"])
+    try:
+        config.load([str(folder / "a.yaml")], ["output=o", "data.train=d"])
+    except UserError as error:  # of merged values it is the key that is named
+        raise UserError(f"a.yaml: {error}") from None
 
 
 def override_seeds() -> list[Files]:
@@ -550,7 +551,7 @@ TARGETS = {
             "metadata",
             "checkpoints: .metadata",
             checkpoint_seeds,
-            run_checkpoint,
+            run_metadata,
             ("step-00000003/.metadata",),
             words=PICKLE_WORDS,
         ),
@@ -562,4 +563,3 @@ TARGETS = {
         Target("overrides", "key=value", override_seeds, run_overrides, words=CONFIG_WORDS),
     )
 }
-assert write_bin

@@ -22,7 +22,7 @@ from protomem.errors import UserError
 from protomem.files import parse_json, read_array, write_atomically
 
 _HEADER_BYTES = 4096
-MAX_CLASSES = 2**31  # identities (our default): a larger number is a damaged label, and what it would allocate ends the run
+MAX_CLASSES = 2**32  # identities (our default): a larger number is a damaged label, and what it would allocate ends the run
 _VERSION = 1  # raise it when the content of any index changes: old files are then rebuilt
 
 
@@ -108,7 +108,9 @@ def load_index(
             found = {name: _mapped(path, size, dtype, *header["arrays"][name]) for name, dtype in arrays.items()}
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        return meta, found
+        lengths = {len(array) for name, array in found.items() if name != "names"}  # one entry per record, names joined
+        if len(lengths) == 1 and lengths != {0}:
+            return meta, found
     return None
 
 
@@ -133,8 +135,9 @@ def load_column(stem: Path, name: str, length: int) -> np.ndarray:
         raise UserError(f"{path} is no readable .npy file ({error}); write it again with numpy.save") from None
     if values.shape != (length,) or values.dtype.kind not in "fiub":
         raise UserError(
-            f"{path} holds {values.dtype} {values.shape}, but the data have {length:,} records, each of which needs a number; "
-            "write it again"
+            f"{path} has shape {values.shape}, but the data have {length:,} records; write it again, one number for each"
+            if values.dtype.kind in "fiub"
+            else f"{path} holds {values.dtype}, no numbers; write it again, one number for each record"
         )
     return np.array(values, np.float32)
 

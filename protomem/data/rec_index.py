@@ -34,6 +34,7 @@ _WORDS = struct.Struct("<II")
 _HEAD = np.dtype(
     {"names": "magic lrec flag label id id2 first".split(), "formats": "<u4 <u4 <u4 <f4 <u8 <u8 <f4".split()}
 )
+_MAX_PARTS = 1 << 16  # of a record: images hold the magic number once in 16 GB
 _SPAN = 4 << 20  # bytes of the .rec read at once while indexing
 
 # What the index may know about a record; everything but 0 makes the position bad.
@@ -127,7 +128,7 @@ def read_payload(fd: int, offset: int, size: int, hint: int = 4096) -> bytes:
                 raise RecordError(TRUNCATED)
         parts.append(part)
         total += 4 + length
-        if total > 1 << 29:  # no writer makes such records, and one could be as large as the file
+        if total > 1 << 29 or len(parts) > _MAX_PARTS:  # no writer makes such records; one could be as large as the file
             raise RecordError(BROKEN)
         if flag in (0, 3):
             return MAGIC_BYTES.join(parts)

@@ -119,6 +119,8 @@ class RecordIO:
     def bytes(self, i: int) -> bytes:  # noqa: A003
         """The encoded image as stored; it may be empty or corrupt. Raises UserError (strict) for a broken record."""
         try:
+            if self._status[i] in (rec_index.TRUNCATED, rec_index.BAD_MAGIC, rec_index.BROKEN):
+                raise RecordError(int(self._status[i]))  # it was read once, and may be long
             payload = rec_index.read_payload(
                 self._file.fileno(), int(self._offset[i]), self._size, int(self._extent[i])
             )
@@ -244,10 +246,12 @@ class RecordWriter:
         return self
 
     def add(self, encoded: bytes, label: int) -> None:
-        """Append one encoded image. Raises UserError for a negative label."""
+        """Append one encoded image. Raises UserError for a label outside 0..2**32-1."""
         label = int(label)
         if label < 0:
             raise UserError(f"label {label} of image {len(self._labels)} is negative; labels run from 0")
+        if label >= MAX_CLASSES:
+            raise UserError(f"label {label} of image {len(self._labels)} is too large; labels run up to {MAX_CLASSES - 1:,}")
         if not self._labels or label != self._labels[-1]:
             self._grouped = self._grouped and label not in self._seen
             self._seen.add(label)

@@ -65,6 +65,8 @@ class TarRecords:
         property_file = self.stem.with_name("property")
         stamp = file_stamp([*self.shards, property_file])
         stored = load_index(self.stem, "tar", stamp, *_STORED)
+        if stored is not None and not 0 <= stored[1]["shard"].min() <= stored[1]["shard"].max() < len(self.shards):
+            stored = None
         self._cached = stored is not None
         if stored is None:
             arrays = _index(self.shards)
