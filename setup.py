@@ -31,7 +31,7 @@ setup(
     install_requires=[
         "torch>=2.9",
         "numpy>=1.26",
-        "omegaconf>=2.3",
+        "omegaconf>=2.4",
         "typer>=0.12",
         "rich>=13",
         "pillow>=10",

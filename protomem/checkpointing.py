@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from protomem import distributed, flight, optim, state
 from protomem.background import Saver
 from protomem.errors import UserError
+from protomem.redact import without_secrets
 
 
 def identity(run) -> dict:
@@ -60,11 +61,14 @@ def resume(run) -> Path | None:
     more = tuple(f"sampler.{name}" for name in run.memory.sampler_tensors()) if run.memory else ()
     info, loaded = state.load(path, modules(run), run.optimizers, more)
     run.step = info["step"]
-    if run.memory:
-        tensors = {name.removeprefix("sampler."): value for name, value in loaded.items()}
-        run.memory.restore_sampler(run.step, info["sampler"], tensors)
-    if run.scaler and info.get("scaler"):
-        run.scaler.load_state_dict(info["scaler"])
+    try:
+        if run.memory:
+            tensors = {name.removeprefix("sampler."): value for name, value in loaded.items()}
+            run.memory.restore_sampler(run.step, info["sampler"], tensors)
+        if run.scaler and info.get("scaler"):
+            run.scaler.load_state_dict(info["scaler"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint {path}: training.json lacks what this run needs ({error}); take another checkpoint") from error
     return Path(path)
 
 
@@ -101,7 +105,7 @@ def save(run) -> Path:
         "run": identity(run),
         "sampler": numbers,
         "scaler": run.scaler.state_dict() if run.scaler else None,
-        "config": OmegaConf.to_container(run.config),
+        "config": without_secrets(OmegaConf.to_container(run.config)),
     }
     run.saved = run.step
     tensors |= {f"sampler.{name}": value for name, value in more.items()}

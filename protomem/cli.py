@@ -14,6 +14,7 @@ from protomem.data.commands import app as data_app
 from protomem.elastic import end_with_agent
 from protomem.errors import UserError
 from protomem.recipe_commands import app as recipes_app
+from protomem.redact import hide, printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -193,5 +194,5 @@ def main() -> None:
     try:
         app()
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(hide(str(error)))}", file=sys.stderr, flush=True)
         sys.exit(2)

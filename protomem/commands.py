@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from protomem import build, config, distributed, state
 from protomem.data.records import open_records
@@ -22,7 +22,7 @@ def load_run(run: Path, device) -> tuple:
     """(config, encoder with the trained weights, training.json) of a run folder or a checkpoint folder."""
     checkpoint = state.locate(run)
     info = state.read_info(checkpoint)
-    settings = OmegaConf.merge(OmegaConf.structured(config.Config), info["config"])
+    settings = config.of_checkpoint(info.get("config"), checkpoint)
     # What the machine at hand may lack and the embeddings do not depend on.
     settings.encoder.weights, settings.encoder.sync_bn, settings.data.loader = None, False, "auto"
     encoder = build.encoder_from(settings, device)
@@ -83,7 +83,7 @@ def templates(
         raise UserError("--pooling quality needs a set with train.quality.npy, not lists; use mean and norm")
     if lists:
         names, protocol = read_protocol(*lists)
-        missing = [name for name in names if not (Path(data) / name).is_file()]
+        missing = [name for name in names if not os.path.isfile(Path(data) / name)]
         if missing:
             raise UserError(f"{Path(data) / missing[0]} does not exist, but {lists[0]} lists it (and {len(missing) - 1} more)")
         count, read = len(names), lambda i: (Path(data) / names[i]).read_bytes()

@@ -19,9 +19,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from protomem.composition import memory_mistakes, method_mistakes
 from protomem.errors import UserError
-from protomem.rules import AT_LEAST, CHOICES, ONLY_WITH, PROBABILITIES, SWITCHES
+from protomem.redact import hide_argument, names_secret
+from protomem.rules import AT_LEAST, AT_MOST, CHOICES, ONLY_WITH, PROBABILITIES, SWITCHES
 from protomem.schema import Config
 
+MAX_FILE = 1 << 20  # bytes of a config file (our default)
+MAX_REFERENCES = 16  # ${...} in all of a config (our default): each may repeat another one several times
+RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:\s*([^}]*)")
 RUN_KEYS = ("data.train", "output")  # what a run needs and its plan does not
 
 
@@ -47,6 +51,11 @@ def _check_known(given: DictConfig, source: str) -> None:
     for key in _leaves(OmegaConf.to_container(given)):
         if key in known:
             continue
+        if names_secret(key):
+            raise UserError(
+                f"{source}: protomem has no key {key} and takes no secrets, since configs are stored and shown; wandb finds its key "
+                "itself: `wandb login`, or WANDB_API_KEY in the environment"
+            )
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         near = near or [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
         hint = f"; did you mean {near[0]}?" if near else "; configs/default.yaml lists all keys"
@@ -60,6 +69,8 @@ def _merge(config: DictConfig, given: DictConfig, source: str) -> DictConfig:
     except OmegaConfBaseException as e:
         message = str(e).splitlines()[0]
         raise UserError(f"{source}: {e.full_key}: {message}" if e.full_key else f"{source}: {message}") from None
+    except (TypeError, ValueError, RecursionError) as e:  # of a value that the schema's types do not know
+        raise UserError(f"{source}: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
 
 
 @functools.cache
@@ -80,6 +91,7 @@ def check(config: DictConfig, optional: tuple[str, ...] = ()) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and not value >= low:  # "not >=" so that nan is refused as well
             raise UserError(f"{key}={value} is too small: at least {low}")
+    check_sizes(config)
     for key in _leaves(OmegaConf.to_container(config)):
         value = OmegaConf.select(config, key)
         if isinstance(value, float) and not math.isfinite(value):
@@ -129,6 +141,56 @@ def check(config: DictConfig, optional: tuple[str, ...] = ()) -> None:
         raise UserError(f"{key} is not set; give it in the config file or as {key}=...")
 
 
+def check_sizes(config: DictConfig) -> None:
+    """Raises UserError for the first number that is absurdly large."""
+    for key, high in AT_MOST.items():
+        if OmegaConf.select(config, key) > high:
+            raise UserError(f"{key}={OmegaConf.select(config, key)} is too large: at most {high}")
+    for key in _leaves(OmegaConf.to_container(config)):
+        value = OmegaConf.select(config, key)
+        if isinstance(value, int) and abs(value) >= 2**53:
+            raise UserError(f"{key} is too large: at most 2**53")
+
+
+def _texts(node: Any) -> list[str]:
+    if isinstance(node, dict):
+        return [text for child in node.values() for text in _texts(child)]
+    if isinstance(node, list):
+        return [text for child in node for text in _texts(child)]
+    return [node] if isinstance(node, str) else []
+
+
+def _check_references(config: DictConfig) -> None:
+    """Refuse ${...} that would bring a secret of the environment into the logs, or grow without bound."""
+    texts = [text for text in _texts(OmegaConf.to_container(config)) if "${" in text]
+    if sum(text.count("${") for text in texts) > MAX_REFERENCES:
+        raise UserError(f"config: more than {MAX_REFERENCES} references ${{...}}; write the values out")
+    for text in texts:
+        for resolver, argument in RESOLVER.findall(text):
+            name = argument.split(",")[0].strip()
+            if resolver != "oc.env" or not re.fullmatch(r"[A-Za-z_]\w*", name):
+                raise UserError(f"config: {text}: only ${{key}} and ${{oc.env:NAME}} are read; write the value out")
+            if names_secret(name):
+                raise UserError(
+                    f"config: {text}: {name} looks like a secret, and a run's config is stored and shown; protomem needs none "
+                    "(wandb finds its key itself: `wandb login`, or WANDB_API_KEY in the environment)"
+                )
+
+
+def of_checkpoint(stored: Any, checkpoint: Path) -> DictConfig:
+    """The config that `training.json` holds. Raises UserError if it is none, or refers to anything outside of itself."""
+    try:
+        given = OmegaConf.create(stored if isinstance(stored, dict) else {})
+        if not isinstance(stored, dict) or any("${" in text for text in _texts(stored)):
+            raise ValueError("it is not as it was written")
+        merged = OmegaConf.merge(OmegaConf.structured(Config), given)
+        check_sizes(merged)
+    except (OmegaConfBaseException, ValueError, TypeError, RecursionError, UserError) as error:
+        reason = (str(error).splitlines() or ["?"])[0]
+        raise UserError(f"checkpoint {checkpoint}: the config in training.json cannot be used ({reason}); take another one") from None
+    return merged
+
+
 def load(files: list[str], overrides: list[str] = (), optional: tuple[str, ...] = ()) -> DictConfig:
     """Merge the schema's defaults, YAML files in order, then `key=value` overrides. optional: keys that may be missing.
     Raises UserError, one line."""
@@ -136,6 +198,8 @@ def load(files: list[str], overrides: list[str] = (), optional: tuple[str, ...] 
     for path in files:
         if not Path(path).is_file():
             raise UserError(f"config file {path} does not exist")
+        if Path(path).stat().st_size > MAX_FILE:
+            raise UserError(f"{path} is larger than {MAX_FILE >> 20} MB, so it is no config file")
         try:
             given = OmegaConf.load(path)
         except Exception as e:  # YAML's own errors span many lines; the position is what helps
@@ -147,14 +211,20 @@ def load(files: list[str], overrides: list[str] = (), optional: tuple[str, ...] 
         key, sep, _ = text.partition("=")
         if not sep or not key:
             raise UserError(f"{text!r} is neither a config file nor key=value")
+        if names_secret(key):
+            raise UserError(
+                f"{key}: protomem takes no secrets, since a run's command and config are stored; wandb finds its key itself: "
+                "`wandb login`, or WANDB_API_KEY in the environment"
+            )
         try:
             given = OmegaConf.from_dotlist([text])
         except Exception as e:  # YAML's own errors span many lines
             raise UserError(f"{text}: the value is not valid YAML: {str(e).splitlines()[0]}") from None
-        config = _merge(config, given, text)
+        config = _merge(config, given, hide_argument(text))
+    _check_references(config)
     try:
         OmegaConf.resolve(config)
-    except OmegaConfBaseException as e:
+    except (OmegaConfBaseException, RecursionError) as e:
         raise UserError(f"config: {str(e).splitlines()[0]}") from None
     if config.margin.gradient == "True":  # YAML's true
         config.margin.gradient = "true"

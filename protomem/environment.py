@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -15,8 +14,8 @@ import torch
 
 import protomem
 from protomem import distributed
+from protomem.redact import hide_argument
 
-SECRET = re.compile(r"(^|[_.-])(api_?key|password|secret|token)$", re.IGNORECASE)
 PACKAGES = (
     *("torch", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "omegaconf", "simplejpeg", "pillow"),
     *("matplotlib", "rich", "wandb", "tensorboard", "triton", "apex"),
@@ -46,13 +45,8 @@ def environment() -> dict:
         "cpu_cores": os.cpu_count(),
         "gpus": gpus,
         "world_size": distributed.world_size(),
-        "command": shlex.join(_hide(argument) for argument in sys.argv),
+        "command": shlex.join(hide_argument(argument) for argument in sys.argv),
     }
-
-
-def _hide(argument: str) -> str:
-    key, equals, _ = argument.partition("=")
-    return f"{key}=(hidden)" if equals and SECRET.search(key) else argument
 
 
 def _cpu_name() -> str:

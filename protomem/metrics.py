@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from protomem.environment import SECRET, environment
+from protomem.environment import environment
 from protomem.errors import UserError
-from protomem.files import replace_file
+from protomem.files import parse_json, replace_file
+from protomem.redact import hide, printable, without_secrets
 
 
 class RunLog:
@@ -22,7 +23,8 @@ class RunLog:
 
     Only the main rank (`is_main`) writes or prints; on the others every method does nothing.
     total_steps: the planned end, for the progress and the eta. config: the resolved configuration (plain dict); values
-    whose key names a secret (api_key, password, secret, token) are hidden wherever the config goes.
+    whose key names a secret, values of environment variables that do, and credentials in URLs (protomem/redact.py) are
+    hidden in all that is written, printed and sent.
     console: print a line per call and, on a terminal, a progress bar. wandb: {"mode": "disabled", "offline" or
     "online", "project", "name", "entity"}; the API key is wandb's own business (`wandb login` or WANDB_API_KEY).
     tensorboard: event files in `folder/tensorboard`.
@@ -55,7 +57,7 @@ class RunLog:
         # The services first: they may refuse, and then nothing of this run has been touched.
         writer = _tensorboard_writer() if tensorboard else None
         if (wandb or {}).get("mode", "disabled") != "disabled":
-            self._wandb = _start_wandb(folder, config, **wandb)
+            self._wandb = _start_wandb(folder, config, **without_secrets(wandb))
         if writer:
             purge = None if resume_step is None else max(resume_step + 1, 0)
             self._tensorboard = writer(folder / "tensorboard", purge_step=purge)
@@ -135,10 +137,11 @@ class RunLog:
             self._wandb.finish()
 
     def _write(self, record: dict) -> None:
-        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.write(json.dumps(_finite(without_secrets(record))) + "\n")
         self._file.flush()
 
     def _print(self, line: str) -> None:
+        line = printable(hide(line))
         if self._progress:
             self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
         elif self.console:
@@ -146,16 +149,41 @@ class RunLog:
 
 
 def read_metrics(folder) -> list[dict]:
-    """The records of `folder/metrics.jsonl`, oldest first; lines that are no JSON object (a cut last line) left out."""
+    """The records of `folder/metrics.jsonl`, oldest first; lines that are no record (a cut last line) left out."""
     path, records = Path(folder) / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
+    if not path.exists():
+        return records
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = parse_json(line)
+            except ValueError:
+                continue
+            if _is_record(record):
+                records.append(record)
     return records
+
+
+def _is_record(record) -> bool:
+    """Whether this is what RunLog writes: numbers of a step, or an event with a name."""
+    if not isinstance(record, dict):
+        return False
+    step, event, when = record.get("step", 0), record.get("event", ""), record.get("time", 0)
+    if type(step) is not int or not 0 <= step < 2**53 or not isinstance(event, str):
+        return False
+    if type(when) not in (int, float) or not 0 <= when < 2**36:
+        return False
+    rest = {k: v for k, v in record.items() if k != "event"}
+    if "event" not in record:
+        return "step" in record and all(_is_value(v) for v in rest.values())
+    if event == "evaluation":
+        texts, flags = {"name", "tag"}, {"rendered"}
+        return all(isinstance(v, str) if k in texts else isinstance(v, bool) if k in flags else _is_value(v) for k, v in rest.items())
+    return event != "templates"
+
+
+def _is_value(value) -> bool:
+    return value is None or type(value) in (int, float) and abs(value) < 1e300
 
 
 def step_line(step: int, total_steps: int, values: dict, eta_s: float) -> str:
@@ -208,15 +236,6 @@ def peak_memory_gb() -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def without_secrets(config):
-    """A copy of nested dicts and lists in which the value of every key that names a secret reads "(hidden)"."""
-    if isinstance(config, dict):
-        return {k: "(hidden)" if v and SECRET.search(str(k)) else without_secrets(v) for k, v in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [without_secrets(v) for v in config]
-    return config
-
-
 def _number(value):
     value = value.item() if hasattr(value, "item") else value  # tensors and numpy scalars
     return value if isinstance(value, int) else float(value)
@@ -238,8 +257,10 @@ def _truncate(path: Path, resume_step: int | None) -> None:
     kept = []
     for line in data.splitlines(keepends=True):
         try:
-            step = json.loads(line).get("step", -1)
+            step = parse_json(line).get("step", -1)
         except (ValueError, AttributeError):
+            continue
+        if type(step) is not int:
             continue
         # Lines are in order of time: what stands behind the first line past the resume point belongs to the lost steps.
         if not line.endswith(b"\n") or (resume_step is not None and step > resume_step) or resume_step == -1:

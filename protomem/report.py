@@ -16,9 +16,10 @@ import numpy as np
 from protomem import report_page, report_plots
 from protomem.environment import environment
 from protomem.errors import UserError
-from protomem.files import replace_file
-from protomem.evaluate.verification import Verification
+from protomem.evaluate.verification import FARS, Verification, far_name
+from protomem.files import parse_json, read_arrays, read_json, replace_file
 from protomem.metrics import read_metrics
+from protomem.redact import hide
 
 __all__ = ["environment", "extreme_pairs", "load_evaluations", "save_evaluation", "write_report"]
 
@@ -71,16 +72,54 @@ def load_evaluations(run_folder) -> dict[str, dict[str, dict]]:
 
     def order(path):
         tag, name = path.stem.split(".", 1)
-        return name, {"initial": -1, "final": math.inf}.get(tag, int(tag[5:]) if tag[5:].isdigit() else 0)
+        return name, {"initial": -1, "final": math.inf}.get(tag, int(tag[5:]) if tag[5:].isdecimal() else 0)
 
     found = {}
     for path in sorted((Path(run_folder) / "evaluations").glob("*.*.npz"), key=order):
         tag, name = path.stem.split(".", 1)
-        with np.load(path, allow_pickle=False) as arrays:
-            data = {key: arrays[key] for key in arrays.files}
-        data["summary"] = json.loads(str(data["summary"]))
+        try:
+            data = read_arrays(path)
+            data["summary"] = parse_json(str(data["summary"]))
+            _check(data)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} is no stored evaluation ({error}); delete it, or evaluate again") from None
         found.setdefault(name, {})[tag] = data
     return found
+
+
+def _check(data: dict) -> None:
+    """Raises ValueError, or KeyError, for arrays that `save_evaluation` does not write."""
+    n, pictures = data["scores"].size, data["thumbnail_sizes"]
+    shapes = {"scores": (n,), "same": (n,), "norms": (2 * n,), "thumbnail_pairs": (pictures.size // 2,)}
+    shapes |= {"thumbnail_kinds": (pictures.size // 2,), "thumbnail_sizes": (pictures.size // 2 * 2,)}
+    for name, shape in shapes.items():
+        if data[name].shape != shape:
+            raise ValueError(f"{name} has shape {data[name].shape}")
+    forms = {"scores": "f", "norms": "f", "same": "b", "quality": "fiub", "thumbnail_pairs": "i", "thumbnail_sizes": "i"}
+    for name, kinds in (forms | {"thumbnail_bytes": "u", "thumbnail_kinds": "U", "fold_accuracies": "f"}).items():
+        if data[name].dtype.kind not in kinds:
+            raise ValueError(f"{name} is {data[name].dtype}")
+    if not (n and (np.abs(data["scores"]) <= 1.001).all() and (data["norms"] >= 0).all() and np.isfinite(data["norms"]).all()):
+        raise ValueError("scores are no cosines, or norms no lengths")
+    if data["quality"].shape not in ((0,), (2 * n,)) or set(data["thumbnail_kinds"].tolist()) - report_page.KINDS.keys():
+        raise ValueError("quality or thumbnail_kinds do not fit")
+    if not ((data["thumbnail_pairs"] >= 0) & (data["thumbnail_pairs"] < n)).all() or (pictures < 0).any():
+        raise ValueError("thumbnail_pairs or thumbnail_sizes are out of range")
+    numbers = {"accuracy", "accuracy_std", "auc", "eer", "threshold", "pairs", *(f"tar@{far_name(far)}" for far in FARS)}
+    summary = data["summary"]
+    if not isinstance(summary, dict) or any(type(summary[name]) not in (int, float) for name in numbers):
+        raise ValueError("its summary is not one")
+    if any(math.isinf(summary[name]) for name in numbers):
+        raise ValueError("its summary is not finite")
+
+
+def _machine(path: Path) -> dict:
+    """What environment.json tells; nothing where it is missing or damaged."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_report(run_folder) -> Path:
@@ -103,8 +142,8 @@ def write_report(run_folder) -> Path:
             if (current := {tag: data for tag, data in tags.items() if (name, tag) in logged})
         }
     environment_file, config_file = folder / "environment.json", folder / "config.yaml"
-    machine = json.loads(environment_file.read_text(encoding="utf-8")) if environment_file.exists() else {}
-    config = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
+    machine = _machine(environment_file)
+    config = hide(config_file.read_text(encoding="utf-8", errors="replace")) if config_file.exists() else ""
     (folder / "report").mkdir(exist_ok=True)
     figures = report_plots.draw(folder / "report", steps, events, evaluations)
     name = folder.resolve().name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 import time
 from html import escape
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from protomem.evaluate.verification import FARS, far_name
 from protomem.metrics import event_line
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 KINDS = {
     "worst_genuine": "same identity, least alike",
     "worst_impostor": "different identities, most alike",
@@ -56,12 +58,13 @@ details { margin-top: 10px } summary { cursor: pointer; font-weight: 600 }
 
 
 def page(title: str, sections: list[str]) -> str:
-    return (
+    text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)} - protomem run report</title><style>{STYLE}</style></head>\n"
         f"<body><main>\n{''.join(sections)}</main></body></html>\n"
     )
+    return _CONTROL.sub("\ufffd", text)
 
 
 def head(name: str, records: list[dict], environment: dict) -> str:
@@ -78,7 +81,8 @@ def head(name: str, records: list[dict], environment: dict) -> str:
         if last.get("memory_gb") is not None:
             facts.append(("peak memory", f"{max(r.get('memory_gb') or 0 for r in steps):.1f} GB"))
     if environment:
-        gpus = environment.get("gpus") or []
+        gpus = environment.get("gpus")
+        gpus = gpus if isinstance(gpus, list) else []
         facts.append(("ranks", environment.get("world_size")))
         facts.append(("device", f"{len(gpus)} × {gpus[0]}" if gpus else environment.get("cpu")))
         facts.append(("protomem", f"{environment.get('protomem')} {environment.get('commit') or ''}"))

@@ -35,6 +35,7 @@ STYLE = {
 }
 SHOWN = {"step", "time", "loss", "lr", "images_per_s", "data_wait"}  # values with a figure of their own
 LINE, WIDE = (6.2, 3.2), 12.8  # inches
+MOST_PANELS = 64  # of values without a figure of their own (our default)
 
 # Panels of the figure `memory`: title; left axis and its values with their names; right axis and its value, if any.
 MEMORY_PANELS = (
@@ -92,7 +93,7 @@ def draw(
         if logged & MEMORY - {"cos_y"}:  # every other source of prototypes has a cos_y, too
             figures["memory"] = memory_figure(steps)
             logged -= MEMORY
-        if others := sorted(logged - SHOWN):
+        if others := sorted(logged - SHOWN)[:MOST_PANELS]:
             figures["others"] = others_figure(steps, others)
         if len({e["step"] for e in results}) > 1:
             figures["accuracy"] = accuracy_figure(results)
@@ -112,6 +113,11 @@ def new_figure(columns: int = 1, rows: int = 1, size=LINE, **kwargs):
 
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, **kwargs)
+
+
+def plain(name: str) -> str:
+    """A name as it is: matplotlib takes what stands between two dollars for a formula, and fails where it is none."""
+    return name.replace("$", r"\$")
 
 
 def series(steps: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -174,7 +180,7 @@ def others_figure(steps: list[dict], names: list[str]):
         axis.set_visible(False)
     for axis, name in zip(axes.flat, names):
         axis.plot(*series(steps, name), color=COLOURS[4], linewidth=1.2)
-        axis.set_title(name)
+        axis.set_title(plain(name))
     return figure
 
 
@@ -235,7 +241,7 @@ def accuracy_figure(evaluations: list[dict]):
     for colour, name in zip(_colours(names), names):
         mine = sorted((e["step"], e["accuracy"], e.get("accuracy_std") or 0) for e in evaluations if e["name"] == name)
         x, y, spread = np.array(mine).T * np.array([[1], [100], [100]])
-        axis.plot(x, y, color=colour, marker="o", markersize=3, label=name)
+        axis.plot(x, y, color=colour, marker="o", markersize=3, label=plain(name))
         axis.fill_between(x, y - spread, y + spread, color=colour, alpha=0.12, linewidth=0)
     axis.set(title="Verification accuracy, band: ± std of the folds", xlabel="step", ylabel="accuracy, %")
     axis.legend()
@@ -252,7 +258,7 @@ def roc_figure(evaluations: dict[str, dict[str, dict]]):
             if np.isnan(far).any() or np.isnan(tar).any():
                 continue
             lowest = min(lowest, 1 / np.sum(~data["same"]))
-            look = {"linewidth": 1.6, "label": name} if style == "-" else {"linewidth": 1, "alpha": 0.6}
+            look = {"linewidth": 1.6, "label": plain(name)} if style == "-" else {"linewidth": 1, "alpha": 0.6}
             axis.step(far, 100 * tar, where="post", color=colour, linestyle=style, **look)
     grid = np.geomspace(lowest, 1, 50)
     axis.plot(grid, 100 * grid, color=PALE, linestyle=":", linewidth=1)
@@ -285,7 +291,7 @@ def histogram_figure(evaluations: dict[str, dict[str, dict]]):
                     weights = np.full(kind.sum(), 100 / kind.sum())
                     axis.hist(data["scores"][kind], bins, weights=weights, color=colour, alpha=0.55)
             axis.axvline(1 - data["summary"]["threshold"] / 2, color=INK, linewidth=1, linestyle="--")
-            axis.set_title(f"{name}, {label}")
+            axis.set_title(f"{plain(name)}, {label}")
             axis.tick_params(labelleft=False, left=False, labelbottom=True)
             axis.grid(False)
     figure.suptitle(
@@ -306,7 +312,7 @@ def reject_figure(evaluations: dict[str, dict[str, dict]]):
     far = reject_far(evaluations)
     for colour, (name, tags) in zip(_colours(evaluations), evaluations.items()):
         data = tags[list(tags)[-1]]
-        looks = {"norms": {"label": name, "linewidth": 1.6}, "quality": {"linestyle": ":", "linewidth": 1.2}}
+        looks = {"norms": {"label": plain(name), "linewidth": 1.6}, "quality": {"linestyle": ":", "linewidth": 1.2}}
         for source, look in looks.items():
             if len(data[source]):
                 quality = data[source].reshape(-1, 2).min(1)

@@ -97,6 +97,8 @@ AT_LEAST = {
     "log.every": 1,
     "distributed.timeout_s": 1,
 }
+# What a slip of the finger, or somebody else's file, must not make anyone allocate (our default).
+AT_MOST = {"data.size": 4096, "data.threads": 1024, "data.prefetch": 1024, "encoder.embedding_size": 65_536}
 # A setting without effect is a mistake: these keys may only leave their default where the other key has such a value.
 ONLY_WITH = {
     "data.sampler.images_per_identity": ("data.sampler.name", ("balanced", "mixed", "group")),

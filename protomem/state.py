@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 
 from protomem import checksums, distributed
 from protomem.errors import UserError
-from protomem.files import replace_file, sync_folder
+from protomem.files import read_json, replace_file, sync_folder
 from protomem.metadata import Reader, read_info
 from protomem.row_blocks import RowBlocks
 
@@ -170,7 +170,15 @@ def mark_best(folder: Path, path: Path, record: dict) -> None:
 def best_so_far(folder: Path) -> dict | None:
     """What `mark_best` remembered last, if anything."""
     file = Path(folder) / "best.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        best = read_json(file)
+        if isinstance(best["set"], str) and isinstance(best["accuracy"], float):
+            return best
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{file} cannot be read; delete it (the next evaluation then counts as the best so far)")
 
 
 def _retain(folder: Path, keep: int) -> None:
@@ -237,8 +245,8 @@ def _load(state: dict, path: Path, info: dict, metadata, alone: bool) -> None:
     checksums.verify(path, info.get("checksums", {}), needed, alone)
     try:
         dcp.load(state, storage_reader=Reader(path), no_dist=alone)
-    except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
+    except (dcp.api.CheckpointException, Exception) as error:  # damaged bytes make torch's readers fail in any way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise UserError(f"checkpoint {path} is damaged ({reason}); take another checkpoint") from None
 
 

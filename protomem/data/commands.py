@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from protomem.errors import UserError
+from protomem.redact import printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,7 +53,7 @@ def inspect(
     if histogram:
         _table("images per identity", ("images", "identities"), [(k, _number(v)) for k, v in histogram.items()])
     for note in notes[:_SHOWN]:
-        typer.echo(f"note: {note}")
+        typer.echo(printable(f"note: {note}"))
     if len(notes) > _SHOWN:
         typer.echo(f"... and {len(notes) - _SHOWN:,} more (--json lists up to 1,000)")
 
@@ -88,7 +89,7 @@ def verify(
     else:
         folder = str(Path(report.path).absolute()) + "/"
         for position, where, reason in report.bad[:_SHOWN]:
-            typer.echo(f"position {position:,} ({where.replace(folder, '')}): {reason}")
+            typer.echo(printable(f"position {position:,} ({where.replace(folder, '')}): {reason}"))
         if len(report.bad) > _SHOWN:
             typer.echo(f"... and {len(report.bad) - _SHOWN:,} more in the report")
         for note in report.notes:
@@ -96,7 +97,7 @@ def verify(
         if report.missing_identities:
             some = ", ".join(map(str, report.first_missing[:8])) + (", ..." if report.missing_identities > 8 else "")
             typer.echo(f"{report.missing_identities:,} of {report.num_classes:,} identities have no image: {some}")
-        typer.echo(f"{len(report.bad):,} of {report.images:,} records cannot be used; report: {written}")
+        typer.echo(printable(f"{len(report.bad):,} of {report.images:,} records cannot be used; report: {written}"))
     if report.bad:
         raise typer.Exit(1)
 
@@ -276,9 +277,9 @@ def _table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> No
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), title_justify="left", show_header=any(head), title_style="bold")
+    table = Table(title=escape(printable(title)), title_justify="left", show_header=any(head), title_style="bold")
     for number, name in enumerate(head):
         table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     Console().print(table)

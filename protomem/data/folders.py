@@ -18,6 +18,7 @@ from protomem.data.index_cache import (
 from protomem.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
+_STORED = {}, {"label": "i8", "end": "i8", "names": "u1"}
 _SAMPLED = 256  # files whose content enters the fingerprint
 
 
@@ -48,12 +49,12 @@ class FolderRecords:
         except OSError as error:
             raise UserError(f"{self.root} cannot be read ({error.strerror})") from None
         self._stamp = stamp = file_stamp(self.root / name for name in folders)
-        stored = load_index(self.stem, "folder", stamp)
+        stored = load_index(self.stem, "folder", stamp, *_STORED)
         self._cached = stored is not None
         if stored is None:
             meta, arrays = _list(self.root, folders)
             self._cached = save_index(self.stem, "folder", stamp, meta, arrays) is not None
-            stored = (load_index(self.stem, "folder", stamp) if self._cached else None) or (meta, arrays)
+            stored = (load_index(self.stem, "folder", stamp, *_STORED) if self._cached else None) or (meta, arrays)
         self._use(*stored)
 
     def _use(self, meta: dict, arrays: dict[str, np.ndarray]) -> None:
@@ -67,7 +68,11 @@ class FolderRecords:
     def _name(self, i: int) -> str:
         i = range(len(self))[i]
         start = int(self._ends[i - 1]) if i else 0
-        return os.fsdecode(self._names[start : int(self._ends[i])].tobytes())
+        name = os.fsdecode(self._names[start : int(self._ends[i])].tobytes())
+        folder, _, file = name.partition("/")
+        if folder in ("", ".", "..") or file in ("", ".", "..") or "/" in file or "\0" in name:
+            raise UserError(f"{self.stem}.index.cache lists {name!r}, which is no file of this set; delete that file")
+        return name
 
     def label(self, i: int) -> int:
         return int(self.labels[i])
@@ -107,7 +112,7 @@ class FolderRecords:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         if self._cached:  # without looking at a million folders again
-            stored = load_index(self.stem, "folder", self._stamp)
+            stored = load_index(self.stem, "folder", self._stamp, *_STORED)
             if stored is None:
                 raise UserError(f"{self.root} was changed while it was in use")
             self._use(*stored)

@@ -15,11 +15,14 @@ from typing import NamedTuple
 import numpy as np
 
 MAX_PIXELS = 64_000_000  # (our default) 8000 x 8000: above that a file is taken for a decompression bomb
+_MAX_DENSITY = 1000  # (our default) pixels that a byte may stand for: baseline JPEG has at most 256, a face about 10
+_SMALL = 1 << 20  # pixels that may be made of nothing
 _U16 = struct.Struct(">H").unpack_from
 _FRAME = struct.Struct(">BHHB").unpack_from  # precision, height, width, components
 # The first marker behind entropy-coded data: not a stuffed zero, not a restart marker, not a fill byte.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]").search
 _MAX_SCANS = 200  # progressive files have about ten; every further scan costs a pass over the image
+_MAX_WORK = 20 * MAX_PIXELS  # (our default) scans times pixels
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # colour type -> bit depths
 
@@ -103,6 +106,8 @@ def _size(data: bytes, max_pixels: int) -> tuple[int, int]:
         raise _Bad(f"bad dimensions {width} x {height}")
     if height * width > max_pixels:
         raise _Bad(f"bad dimensions {width} x {height}: more than {max_pixels:,} pixels")
+    if height * width > max(_SMALL, _MAX_DENSITY * len(data)):
+        raise _Bad(f"bad dimensions {width} x {height} for a file of {len(data):,} bytes: a decompression bomb")
     return height, width
 
 
@@ -147,6 +152,8 @@ def _jpeg(data: bytes) -> tuple[int, int]:
             frame = _frame(marker, data[begin:stop])
     if frame is None or not scanned:
         raise _Bad("no image data before the end-of-image marker")
+    if scans * frame.height * frame.width > _MAX_WORK:
+        raise _Bad(f"{scans} scans of {frame.width} x {frame.height} pixels: a decompression bomb")
     if len(scanned) < len(frame.tables):
         raise _Bad("image data of a colour component missing")
     return frame.height, frame.width

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from protomem.errors import UserError
-from protomem.files import write_atomically
+from protomem.files import parse_json, read_array, write_atomically
 
 _HEADER_BYTES = 4096
+MAX_CLASSES = 2**32  # identities (our default): a larger number is a damaged label, and what it would allocate ends the run
 _VERSION = 1  # raise it when the content of any index changes: old files are then rebuilt
 
 
@@ -84,24 +85,42 @@ def save_index(stem: Path, kind: str, stamp: str, meta: dict[str, Any], arrays: 
     return write_beside(stem, ".index.cache", write)
 
 
-def load_index(stem: Path, kind: str, stamp: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """The stored (meta, memory-mapped arrays), or None where there is no valid index for this kind and stamp."""
+def load_index(
+    stem: Path, kind: str, stamp: str, facts: dict[str, type], arrays: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """The stored (meta, memory-mapped arrays), or None where there is no valid index for this kind and stamp.
+
+    facts: {name: type} of what `meta` holds besides "classes"; arrays: {name: dtype}. The file may have come with the data:
+    whatever in it is not as `save_index` writes it makes it invalid, so that it is made again.
+    """
     for path in side_paths(stem, ".index.cache"):
         try:
             with open(path, "rb") as file:
-                header = json.loads(file.read(_HEADER_BYTES))
-                complete = os.fstat(file.fileno()).st_size == header["size"]
-            current = (header["protomem_index"], header["kind"], header["stamp"]) == (_VERSION, kind, stamp)
+                header = parse_json(file.read(_HEADER_BYTES))
+                size = os.fstat(file.fileno()).st_size
+            if (header["protomem_index"], header["kind"], header["stamp"], header["size"]) != (_VERSION, kind, stamp, size):
+                continue
+            meta = header["meta"]
+            if not all(type(meta[name]) is form for name, form in ({"classes": int} | facts).items()):
+                continue
+            if not 1 <= meta["classes"] <= MAX_CLASSES:
+                continue
+            found = {name: _mapped(path, size, dtype, *header["arrays"][name]) for name, dtype in arrays.items()}
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if current and complete:
-            arrays = {}
-            for name, (dtype, length, position) in header["arrays"].items():
-                shape = (length,)
-                empty = np.zeros(shape, dtype)
-                arrays[name] = np.memmap(path, dtype, "r", position, shape) if length else empty
-            return header["meta"], arrays
+        lengths = {len(array) for name, array in found.items() if name != "names"}  # one entry per record, names joined
+        if len(lengths) == 1 and lengths != {0}:
+            return meta, found
     return None
+
+
+def _mapped(path: Path, size: int, expected: str, dtype: str, length: int, position: int) -> np.ndarray:
+    width = np.dtype(expected).itemsize
+    if np.dtype(expected).newbyteorder("<").str != dtype or not (type(length) is type(position) is int):
+        raise ValueError(f"no {expected} array")
+    if not (0 <= length and _HEADER_BYTES <= position and position + length * width <= size):
+        raise ValueError("an array outside of the file")
+    return np.memmap(path, dtype, "r", position, (length,)) if length else np.zeros(0, dtype)
 
 
 def load_column(stem: Path, name: str, length: int) -> np.ndarray:
@@ -111,12 +130,16 @@ def load_column(stem: Path, name: str, length: int) -> np.ndarray:
     if not path.exists():
         raise UserError(f"{path} does not exist: column '{name}' needs one float32 per image in record order")
     try:
-        values = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        values = read_array(path)
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} is no readable .npy file ({error}); write it again with numpy.save") from None
-    if values.shape != (length,):
-        raise UserError(f"{path} has shape {values.shape}, but the data have {length:,} records; write it again")
-    return values.astype(np.float32, copy=False)
+    if values.shape != (length,) or values.dtype.kind not in "fiub":
+        raise UserError(
+            f"{path} has shape {values.shape}, but the data have {length:,} records; write it again, one number for each"
+            if values.dtype.kind in "fiub"
+            else f"{path} holds {values.dtype}, no numbers; write it again, one number for each record"
+        )
+    return np.array(values, np.float32)
 
 
 def content_fingerprint(parts: Iterable[bytes], files: Iterable[Path]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from protomem.data.images import check_image, decode, image_size
 from protomem.data.index_cache import progress_bar, side_paths, write_beside
 from protomem.errors import UserError
-from protomem.files import write_atomically
+from protomem.files import parse_json, write_atomically
 
 _SUFFIX = ".verified.json"
 _CHUNK = 256
@@ -46,8 +46,8 @@ def statistics(records, sample: int = 2000) -> dict:
     width and height (min, median, mean, max), and how many of the sample are unusable."""
     count = len(records)
     labels = np.asarray(records.labels)
-    per_identity = np.bincount(labels[(labels >= 0) & (labels < records.num_classes)], minlength=1)
-    per_identity = per_identity[per_identity > 0]
+    # Not counted in an array over all classes: a damaged label may be as large as it likes.
+    per_identity = np.unique(labels[(labels >= 0) & (labels < records.num_classes)], return_counts=True)[1]
     positions = np.unique(np.linspace(0, count - 1, min(sample, count)).astype(np.int64)) if count else []
     sizes, shapes, unusable = [], [], 0
     for position in positions:
@@ -130,9 +130,8 @@ def verify(records, workers: int | None = None, progress: bool = True, decode_al
             for position, reason in found:
                 reasons.setdefault(position, []).append(reason)
             advance(_CHUNK)
-    present = np.zeros(records.num_classes, bool)
-    present[labels[(labels >= 0) & (labels < records.num_classes)]] = True
-    missing = np.flatnonzero(~present)
+    present = np.unique(labels[(labels >= 0) & (labels < records.num_classes)])
+    first = np.setdiff1d(np.arange(min(records.num_classes, len(present) + _LISTED)), present, assume_unique=True)
     return DataReport(
         path=records.path,
         fingerprint=records.fingerprint,
@@ -140,8 +139,8 @@ def verify(records, workers: int | None = None, progress: bool = True, decode_al
         num_classes=records.num_classes,
         decoded=decode_all,
         bad=[(position, records.where(position), "; ".join(reasons[position])) for position in sorted(reasons)],
-        missing_identities=len(missing),
-        first_missing=missing[:_LISTED].tolist(),
+        missing_identities=records.num_classes - len(present),
+        first_missing=first[:_LISTED].tolist(),
         notes=_notes(records),
     )
 
@@ -169,10 +168,11 @@ def known_bad(records) -> np.ndarray:
     data found. Without one, or after the data have changed, only the former."""
     bad = records.damaged
     for path in side_paths(records.stem, _SUFFIX) if hasattr(records, "stem") else ():  # generated records have none
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            stored = json.loads(path.read_bytes())
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError, OverflowError):
+            stored = parse_json(path.read_bytes())
             if stored["fingerprint"] == records.fingerprint:
-                return np.union1d(bad, np.array([entry[0] for entry in stored["bad"]], np.int64))
+                found = np.array([int(entry[0]) for entry in stored["bad"]], np.int64)
+                return np.union1d(bad, found[(found >= 0) & (found < len(records))])
     return bad
 
 

@@ -46,15 +46,17 @@ def read_bin(path: str | os.PathLike) -> tuple[list[bytes], np.ndarray]:
         if isinstance(value, np.ndarray) and value.size == 1:
             value = value.item()
         if not isinstance(value, (bool, int, np.bool_, np.integer)) or value not in (0, 1):
-            raise UserError(f"{path}: pair {pair} is neither true nor false ({str(value)[:40]})")
+            shown = value if isinstance(value, (int, np.integer)) else type(value).__name__
+            raise UserError(f"{path}: pair {pair} is neither true nor false ({shown})")
         flags[pair] = value
-    converted: dict[int, bytes] = {}  # one array listed many times must not be copied as often
+    converted: dict[tuple, bytes] = {}  # data that are listed many times must not be copied as often
     encoded = []
     for number, image in enumerate(images):
         if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-            if id(image) not in converted:
-                converted[id(image)] = image.tobytes()
-            image = converted[id(image)]
+            place = image.__array_interface__["data"][0], image.size
+            if place not in converted:
+                converted[place] = image.tobytes()
+            image = converted[place]
         if not isinstance(image, bytes):
             raise UserError(f"{path}: image {number} is a {type(image).__name__}, not encoded bytes")
         encoded.append(image)
@@ -102,7 +104,7 @@ def pairs_from_folder(
         if not line.strip() or line.startswith("#") or (number == 1 and all(map(str.isdecimal, columns))):
             continue
         if len(columns) == 3 and columns[2] in ("0", "1") and not columns[1].isdecimal():
-            files, genuine = [root / columns[0], root / columns[1]], columns[2] == "1"
+            files, genuine = [_inside(root, name, where) for name in columns[:2]], columns[2] == "1"
         elif len(columns) == 3 and columns[1].isdecimal() and columns[2].isdecimal():
             files, genuine = [_lfw_file(root, columns[0], image, where) for image in columns[1:]], True
         elif len(columns) == 4 and columns[1].isdecimal() and columns[3].isdecimal():
@@ -125,10 +127,17 @@ def pairs_from_folder(
     return len(same), sum(same)
 
 
+def _inside(root: Path, name: str, where: str) -> Path:
+    """A name of a list. It stays below `root`: a list from elsewhere must not pack other files of this machine."""
+    if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
+        raise UserError(f"{where}: {name} is not below {root}; write names of files in that folder")
+    return root / name
+
+
 def _lfw_file(root: Path, name: str, image: str, where: str) -> Path:
-    stem = root / name / f"{name}_{int(image):04d}"
+    stem = _inside(root, f"{name}/{name}_{image.lstrip('0') or '0':0>4}", where)
     for suffix in SUFFIXES:
         path = Path(f"{stem}{suffix}")
-        if path.exists():
+        if os.path.isfile(path):
             return path
     raise UserError(f"{where}: {stem}.jpg does not exist (nor with {', '.join(SUFFIXES[1:])})")

@@ -34,6 +34,7 @@ _WORDS = struct.Struct("<II")
 _HEAD = np.dtype(
     {"names": "magic lrec flag label id id2 first".split(), "formats": "<u4 <u4 <u4 <f4 <u8 <u8 <f4".split()}
 )
+_MAX_PARTS = 1 << 16  # of a record: images hold the magic number once in 16 GB
 _SPAN = 4 << 20  # bytes of the .rec read at once while indexing
 
 # What the index may know about a record; everything but 0 makes the position bad.
@@ -72,7 +73,7 @@ class RecIndex:
 def read_idx(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Keys and offsets, int64, in ascending order of the key. Raises UserError for a missing or malformed file."""
     try:
-        text = path.read_bytes()
+        text = path.read_bytes() if path.is_file() or not path.exists() else b""
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist, and without it records cannot be found: "
@@ -102,7 +103,9 @@ def read_idx(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def read_payload(fd: int, offset: int, size: int, hint: int = 4096) -> bytes:
     """One record's payload, its parts joined. `size`: bytes in the file; `hint`: bytes that probably hold it all."""
-    start, parts = offset, []
+    start, parts, total = offset, [], 0
+    if not 0 <= offset <= size - 8:
+        raise RecordError(TRUNCATED)
     data = os.pread(fd, min(max(hint, 8), 1 << 20), offset)
     while True:
         position = offset - start
@@ -124,6 +127,9 @@ def read_payload(fd: int, offset: int, size: int, hint: int = 4096) -> bytes:
             if len(part) < length:
                 raise RecordError(TRUNCATED)
         parts.append(part)
+        total += 4 + length
+        if total > 1 << 29 or len(parts) > _MAX_PARTS:  # no writer makes such records; one could be as large as the file
+            raise RecordError(BROKEN)
         if flag in (0, 3):
             return MAGIC_BYTES.join(parts)
         offset += 8 + (length + 3) // 4 * 4
@@ -174,7 +180,9 @@ def _scan_heads(rec: Path, offset: np.ndarray, description: str) -> tuple[np.nda
             result[(length < 24 + 4 * part["flag"].astype(np.int64)) | (flag > 1)] = BROKEN
             for row in np.flatnonzero(flag == 1):  # split records are rare: read them whole
                 try:
-                    payload = read_payload(fd, int(offset[low + row]), size)
+                    after = offset[low + row + 1] if low + row + 1 < len(offset) else size
+                    # Not beyond the next record: else a small index could have one large record read a million times.
+                    payload = read_payload(fd, int(offset[low + row]), min(int(after), size))
                     record_flag, label, id_, id2, begin = split_header(payload)
                     part[row] = (MAGIC, len(payload), record_flag, label, id_, id2, label)
                     result[row] = 0
@@ -264,21 +272,21 @@ def rebuild_idx(rec: Path, idx: Path) -> tuple[int, list[int]]:
     starts, empty, broken = array("q"), [], []
     size = rec.stat().st_size
     with open(rec, "rb") as file, progress_bar(f"scanning {rec.name} (MB)", size >> 20) as advance:
-        buffer, base, position, previous = b"", 0, 0, -4
+        window, position, previous = _Window(file), 0, -4
         while position + 8 <= size:
-            if not base <= position <= base + len(buffer) - 16:
-                advance(max(0, (position >> 20) - (base >> 20)))
-                file.seek(position)
-                buffer, base = file.read(_SPAN), position
-            magic, lrec = _WORDS.unpack_from(buffer, position - base)
+            base = window.base
+            head = window.at(position, 12)
+            advance(max(0, (window.base >> 20) - (base >> 20)))
+            if len(head) < 8:
+                break
+            magic, lrec = _WORDS.unpack_from(head)
             length = lrec & ((1 << 29) - 1)
             if magic != MAGIC or position + 8 + length > size:
                 broken.append(position)
-                position = _next_magic(file, max(previous, position if magic == MAGIC else previous) + 4, size)
-                base, buffer = 0, b""
+                position = _next_magic(window, max(previous, position if magic == MAGIC else previous) + 4, size)
                 continue
             if lrec >> 29 < 2:
-                if lrec == 32 and buffer[position - base + 8 : position - base + 12] == b"\2\0\0\0":
+                if lrec == 32 and head[8:] == b"\2\0\0\0":
                     empty.append(len(starts))
                 starts.append(position)
             previous = position
@@ -303,16 +311,31 @@ def rebuild_idx(rec: Path, idx: Path) -> tuple[int, list[int]]:
     return len(order), broken
 
 
-def _next_magic(file, position: int, size: int) -> int:
+class _Window:
+    """The piece of a file that was read last: looking for the next record step by step reads nothing twice."""
+
+    def __init__(self, file):
+        self.file, self.base, self.buffer = file, 0, b""
+
+    def at(self, position: int, count: int) -> bytes:
+        """`count` bytes from there, fewer only at the end of the file."""
+        if not self.base <= position <= self.base + len(self.buffer) - count:
+            self.file.seek(position)
+            self.base, self.buffer = position, self.file.read(_SPAN)
+        return self.buffer[position - self.base : position - self.base + count]
+
+
+def _next_magic(window: _Window, position: int, size: int) -> int:
     """The next multiple of 4 from `position` on where the magic number stands; `size` if there is none."""
     position = -(-position // 4) * 4
-    while position < size:
-        file.seek(position)
-        buffer = file.read(_SPAN)
-        found = buffer.find(MAGIC_BYTES)
-        while found >= 0 and found % 4:
-            found = buffer.find(MAGIC_BYTES, found + 1)
+    while position + 4 <= size:
+        if len(window.at(position, 4)) < 4:
+            break
+        begin = position - window.base
+        found = window.buffer.find(MAGIC_BYTES, begin)
+        while found >= 0 and (window.base + found) % 4:
+            found = window.buffer.find(MAGIC_BYTES, found + 1)
         if found >= 0:
-            return position + found
-        position += len(buffer) & ~3 or len(buffer)
+            return window.base + found
+        position = window.base + (len(window.buffer) & ~3)
     return size

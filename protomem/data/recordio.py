@@ -15,9 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from protomem.data import rec_index
-from protomem.data.index_cache import content_fingerprint, file_stamp, load_column, load_index, save_index
+from protomem.data.index_cache import MAX_CLASSES, content_fingerprint, file_stamp, load_column, load_index, save_index
 from protomem.data.rec_index import EXACT, IR_HEADER, MAGIC, MAGIC_BYTES, RecIndex, RecordError
 from protomem.errors import UserError
+from protomem.files import read_array
+
+
+# What the index cache holds: facts, arrays.
+_STORED = {"promised": int, "fingerprint": str}, {"offset": "i8", "extent": "i8", "label": "i8", "key": "i8", "status": "u1"}
 
 
 class RecordIO:
@@ -38,8 +43,8 @@ class RecordIO:
         self.rec = (path / "train.rec" if path.is_dir() else path).absolute()
         self.stem = self.rec.with_suffix("")
         self.path, self.strict = str(path), strict
-        if not self.rec.exists():
-            raise UserError(f"{self.rec} does not exist")
+        if not self.rec.is_file():
+            raise UserError(f"{self.rec} does not exist" if not self.rec.exists() else f"{self.rec} is no file")
         self._open()
         self._check()
 
@@ -49,14 +54,15 @@ class RecordIO:
         if not idx.exists():
             rec_index.read_idx(idx)  # raises the message with the cure
         stamp = file_stamp([self.rec, idx, side, property_file])
-        stored = load_index(self.stem, "recordio", stamp)
+        stored = load_index(self.stem, "recordio", stamp, *_STORED)
         self._cached = stored is not None
         if stored is None:
             index = rec_index.build_index(self.rec, idx)
             if side.exists():
                 _use_side_labels(index, side)
             classes = read_property(property_file)
-            known = classes if classes is not None else max(1, int(index.label.max()) + 1)
+            possible = index.label[index.label < MAX_CLASSES]
+            known = classes if classes is not None else max(1, int(possible.max(initial=0)) + 1)
             outside = (index.status == 0) & ((index.label < 0) | (index.label >= known))
             index.status[outside] = rec_index.OUT_OF_RANGE
             arrays = {name: getattr(index, name) for name in ("offset", "extent", "label", "key", "status")}
@@ -64,7 +70,7 @@ class RecordIO:
             fingerprint = content_fingerprint([f"{known}\0".encode(), *parts], [self.rec])
             meta = {"classes": known, "promised": index.promised, "fingerprint": fingerprint}
             self._cached = save_index(self.stem, "recordio", stamp, meta, arrays) is not None
-            stored = (load_index(self.stem, "recordio", stamp) if self._cached else None) or (meta, arrays)
+            stored = (load_index(self.stem, "recordio", stamp, *_STORED) if self._cached else None) or (meta, arrays)
         meta, arrays = stored
         self.num_classes: int = meta["classes"]
         self.promised: int = meta["promised"]  # images according to the header record (float32), -1 without one
@@ -100,7 +106,7 @@ class RecordIO:
 
     def reason(self, i: int) -> str:
         """Why position i is in `damaged`, "" if it is not."""
-        status = int(self._status[i])
+        status = min(int(self._status[i]), len(rec_index.REASONS) - 1)
         if status == rec_index.OUT_OF_RANGE:
             return f"label {self.labels[i]} is outside 0..{self.num_classes - 1}"
         return rec_index.REASONS[status]
@@ -113,6 +119,8 @@ class RecordIO:
     def bytes(self, i: int) -> bytes:  # noqa: A003
         """The encoded image as stored; it may be empty or corrupt. Raises UserError (strict) for a broken record."""
         try:
+            if self._status[i] in (rec_index.TRUNCATED, rec_index.BAD_MAGIC, rec_index.BROKEN):
+                raise RecordError(int(self._status[i]))  # it was read once, and may be long
             payload = rec_index.read_payload(
                 self._file.fileno(), int(self._offset[i]), self._size, int(self._extent[i])
             )
@@ -149,30 +157,31 @@ class RecordIO:
 def read_property(path: Path) -> int | None:
     """The number of classes in `property`, None without that file."""
     try:
-        text = path.read_text(errors="replace")
+        with open(path, "rb") as file:
+            text = file.read(200).decode(errors="replace")
     except FileNotFoundError:
         return None
     try:
         classes = int(text.split(",")[0])
     except ValueError:
         classes = 0
-    if classes < 1:
+    if not 1 <= classes <= MAX_CLASSES:
         raise UserError(
-            f"{path} must begin with the number of identities, like '85742,112,112'; it holds {text[:40]!r}"
+            f"{path} must begin with the number of identities, like '85742,112,112', at most {MAX_CLASSES:,}; it holds {text[:40]!r}"
         )
     return classes
 
 
 def _use_side_labels(index: RecIndex, path: Path) -> None:
     try:
-        labels = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        labels = read_array(path)
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} is no readable .npy file ({error})") from None
     if labels.shape != index.label.shape or labels.dtype.kind not in "iu":
         raise UserError(
             f"{path} holds {labels.dtype} {labels.shape}; it must be int64 [{len(index.label)}] in record order"
         )
-    labels = labels.astype(np.int64)
+    labels = np.array(labels).astype(np.int64)
     readable = (index.status == 0) | (index.status == rec_index.INEXACT)
     # A file left over from another set would give wrong labels silently.
     different = np.flatnonzero(readable & (labels.astype(np.float32) != index.label.astype(np.float32)))
@@ -237,10 +246,12 @@ class RecordWriter:
         return self
 
     def add(self, encoded: bytes, label: int) -> None:
-        """Append one encoded image. Raises UserError for a negative label."""
+        """Append one encoded image. Raises UserError for a label outside 0..2**32-1."""
         label = int(label)
         if label < 0:
             raise UserError(f"label {label} of image {len(self._labels)} is negative; labels run from 0")
+        if label >= MAX_CLASSES:
+            raise UserError(f"label {label} of image {len(self._labels)} is too large; labels run up to {MAX_CLASSES - 1:,}")
         if not self._labels or label != self._labels[-1]:
             self._grouped = self._grouped and label not in self._seen
             self._seen.add(label)

@@ -26,7 +26,7 @@ class _Global(str):
 
 class _DType:
     def __init__(self, code: Any):
-        self.code = str(_text(code)).lstrip("|<=")
+        self.code = _word(code).lstrip("|<=")
 
 
 class _Array:
@@ -150,13 +150,13 @@ class _Machine:
                 push(_allowed(self.line(200).decode() + "." + self.line(200).decode()))
             elif op == b"\x93":
                 name = stack.pop()
-                push(_allowed(f"{_text(stack.pop())}.{_text(name)}"))
+                push(_allowed(f"{_word(stack.pop())}.{_word(name)}"))
             elif op == b"R":
                 arguments = stack.pop()
                 push(self.build(stack.pop(), arguments))
             elif op == b"b":
                 state = stack.pop()
-                _set_state(stack[-1], state)
+                self.set_state(stack[-1], state)
             elif op == b"\x80":
                 self.take(1)
             elif op == b"\x95":
@@ -180,24 +180,42 @@ class _Machine:
         if name == "numpy.dtype":
             return _DType(arguments[0])
         if name.endswith("multiarray.scalar"):
-            return _values(arguments[0], arguments[1])[0].item()
+            return self.values(arguments[0], arguments[1])[0].item()
         if name.endswith("numeric._frombuffer"):
             array = _Array()
-            array.value = _values(arguments[1], arguments[0])
+            array.value = self.values(arguments[1], arguments[0])
             return array
         if name == "_codecs.encode" or name in _BYTES_OF_PYTHON_2:
             raw = arguments[0] if arguments else b""
             if isinstance(raw, str):
-                if str(arguments[1]).replace("-", "").replace("_", "").lower() not in ("latin1", "iso88591"):
-                    raise RefusedError(f"{name} with encoding {arguments[1]!r}")
-                raw = raw.encode("latin-1")
+                if _word(arguments[1]).replace("-", "").replace("_", "").lower() not in ("latin1", "iso88591"):
+                    raise RefusedError(f"{name} with encoding {_word(arguments[1])}")
+                return self.encoded(raw)
             if not isinstance(raw, bytes):
                 raise RefusedError(f"{name} of something that is no text")
-            self.copied += len(raw)
-            if self.copied > 2 * len(self.data):
-                raise RefusedError("the same data copied again and again")
             return raw
         raise RefusedError(f"a call of {name or type(function).__name__}")
+
+    def encoded(self, text: str) -> bytes:
+        self.copied += len(text)
+        if self.copied > 2 * len(self.data):
+            raise RefusedError("the same data copied again and again")
+        return text.encode("latin-1")
+
+    def values(self, dtype: Any, raw: Any) -> np.ndarray:
+        """A flat array over `raw`; nothing is copied unless it comes as text."""
+        if not isinstance(dtype, _DType) or dtype.code not in _TYPES:
+            raise RefusedError(f"a numpy array of type {getattr(dtype, 'code', type(dtype).__name__)}")
+        return np.frombuffer(self.encoded(raw) if isinstance(raw, str) else raw, _TYPES[dtype.code])
+
+    def set_state(self, target: Any, state: Any) -> None:
+        if isinstance(target, _DType):
+            if len(state) < 2 or _text(state[1]) not in ("|", "<", "="):
+                raise RefusedError("a numpy array in foreign byte order")
+        elif isinstance(target, _Array):
+            target.value = self.values(state[2], state[4])
+        else:
+            raise RefusedError(f"a state for a {type(target).__name__}")
 
 
 _ALLOWED = {
@@ -229,21 +247,12 @@ def _text(value: Any) -> Any:
     return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
-def _values(dtype: Any, raw: Any) -> np.ndarray:
-    """A flat array over `raw`; nothing is copied unless it comes as text."""
-    if not isinstance(dtype, _DType) or dtype.code not in _TYPES:
-        raise RefusedError(f"a numpy array of type {getattr(dtype, 'code', dtype)!r}")
-    return np.frombuffer(raw.encode("latin-1") if isinstance(raw, str) else raw, _TYPES[dtype.code])
-
-
-def _set_state(target: Any, state: Any) -> None:
-    if isinstance(target, _DType):
-        if len(state) < 2 or _text(state[1]) not in ("|", "<", "="):
-            raise RefusedError("a numpy array in foreign byte order")
-    elif isinstance(target, _Array):
-        target.value = _values(state[2], state[4])
-    else:
-        raise RefusedError(f"a state for a {type(target).__name__}")
+def _word(value: Any) -> str:
+    """A name. Anything else is not turned into text: a list that holds itself a few times may spell out to terabytes."""
+    value = _text(value)
+    if not isinstance(value, str) or len(value) > 200:
+        raise RefusedError(f"a {type(value).__name__} as a name")
+    return value
 
 
 def _plain(value: Any, done: dict[int, Any], depth: int = 0) -> Any:

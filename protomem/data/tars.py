@@ -13,6 +13,7 @@ import numpy as np
 
 from protomem.data.folders import SUFFIXES
 from protomem.data.index_cache import (
+    MAX_CLASSES,
     content_fingerprint,
     file_stamp,
     load_column,
@@ -28,6 +29,7 @@ _MAX_LABEL_BYTES = 32
 _MAX_HEADER_BYTES = 1 << 16
 _ZERO_BLOCK = bytes(512)
 _REGULAR = (b"0", b"\0", b"7")
+_STORED = {"fingerprint": str}, dict.fromkeys(("shard", "offset", "size", "label"), "i8")
 
 
 class TarRecords:
@@ -45,10 +47,10 @@ class TarRecords:
         place = Path(path).expanduser().absolute()
         if place.is_dir():
             self.stem = place / "train"
-            self.shards = sorted(place.glob("*.tar"))
+            self.shards = sorted(path for path in place.glob("*.tar") if path.is_file())
         else:
             self.stem = place.with_name(place.name.translate(str.maketrans("*?[]", "____")))
-            self.shards = sorted(Path(name) for name in glob.glob(str(place)))
+            self.shards = sorted(Path(name) for name in glob.glob(str(place)) if os.path.isfile(name))
         if not self.shards:
             raise UserError(f"{path}: no .tar file there")
         self._open()
@@ -62,16 +64,19 @@ class TarRecords:
     def _open(self) -> None:
         property_file = self.stem.with_name("property")
         stamp = file_stamp([*self.shards, property_file])
-        stored = load_index(self.stem, "tar", stamp)
+        stored = load_index(self.stem, "tar", stamp, *_STORED)
+        if stored is not None and not 0 <= stored[1]["shard"].min() <= stored[1]["shard"].max() < len(self.shards):
+            stored = None
         self._cached = stored is not None
         if stored is None:
             arrays = _index(self.shards)
             classes = read_property(property_file)
-            meta = {"classes": classes if classes is not None else max(1, int(arrays["label"].max()) + 1)}
+            possible = arrays["label"][arrays["label"] < MAX_CLASSES]
+            meta = {"classes": classes if classes is not None else max(1, int(possible.max(initial=0)) + 1)}
             parts = (np.ascontiguousarray(arrays[name]).data for name in ("offset", "label"))
             meta["fingerprint"] = content_fingerprint([str(meta["classes"]).encode(), *parts], self.shards)
             self._cached = save_index(self.stem, "tar", stamp, meta, arrays) is not None
-            stored = (load_index(self.stem, "tar", stamp) if self._cached else None) or (meta, arrays)
+            stored = (load_index(self.stem, "tar", stamp, *_STORED) if self._cached else None) or (meta, arrays)
         meta, arrays = stored
         self.num_classes: int = meta["classes"]
         self.fingerprint: str = meta["fingerprint"]
@@ -108,7 +113,8 @@ class TarRecords:
             self._files[shard] = file
             if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)  # closed when no other thread reads from it any more
-        return os.pread(file.fileno(), int(self._size[i]), int(self._offset[i]))
+        offset, end = int(self._offset[i]), os.fstat(file.fileno()).st_size
+        return os.pread(file.fileno(), max(0, min(int(self._size[i]), end - offset)), offset) if 0 <= offset <= end else b""
 
     def column(self, name: str) -> np.ndarray:
         """float32 [N] from the side file `<stem>.<name>.npy`, for a folder `train.<name>.npy`."""
@@ -226,14 +232,18 @@ def _number(field: bytes) -> int:
 def _pax(content: bytes) -> dict[str, bytes | int]:
     """What matters of a pax header: lines of "<length> <key>=<value>"."""
     found: dict[str, bytes | int] = {}
-    while content:
-        length = int(content[: content.index(b" ")]) if content[:1].isdigit() and b" " in content[:12] else 0
-        line, content = content[:length], content[length:] if length else b""
-        key, _, value = line.partition(b" ")[2].rstrip(b"\n").partition(b"=")
+    begin = 0
+    while begin < len(content):
+        digits = content[begin : begin + 12].partition(b" ")[0]
+        length = int(digits) if digits.isdigit() and len(digits) < 12 else 0
+        if length <= len(digits):
+            break  # no length: what follows cannot be read
+        key, _, value = content[begin + len(digits) + 1 : begin + length].rstrip(b"\n").partition(b"=")
+        begin += length
         if key == b"path":
             found["path"] = value
         elif key == b"size":
-            found["size"] = int(value) if value.isdigit() else -1
+            found["size"] = int(value) if value.isdigit() and len(value) < 20 else -1
         elif key.startswith(b"GNU.sparse"):
             found["sparse"] = 1
     return found

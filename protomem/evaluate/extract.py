@@ -6,7 +6,6 @@ Legend: n images, D feature size.
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from protomem.data import pipeline
 from protomem.data.decode import decode_tolerant, examine
 from protomem.data.pairs import read_bin
 from protomem.errors import UserError
+from protomem.files import read_array, read_json
 from protomem.evaluate.verification import Verification, verify_pairs
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -152,12 +152,12 @@ def _known_quality(path: Path, images: int) -> np.ndarray | None:
     if not file.exists():
         return None
     try:
-        quality = np.load(file, allow_pickle=False)
+        quality = np.array(read_array(file))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}); make it again, or delete it") from None
-    if quality.shape != (images,):
+    if quality.shape != (images,) or quality.dtype.kind not in "fiub":
         raise UserError(
-            f"{file} must hold one value for each of the {images} images of {path.name}, not {quality.shape}"
+            f"{file} must hold one value for each of the {images} images of {path.name}, not {quality.dtype} {quality.shape}"
         )
     return quality
 
@@ -165,7 +165,7 @@ def _known_quality(path: Path, images: int) -> np.ndarray | None:
 def _is_rendered(path: Path) -> bool:
     """Whether protomem's face renderer wrote this very file: its manifest lies beside it and knows the size."""
     try:
-        manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        manifest = read_json(path.with_suffix(".json"))
         return "renderer" in manifest and manifest["files"][path.name] == path.stat().st_size
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -9,6 +9,7 @@ Legend: n images, D feature size, T templates, p pairs of templates.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,12 +91,14 @@ def random_protocol(labels, images: int, most_pairs: int, seed: int = 0) -> Prot
 def _table(path: Path, what: str, names: bool) -> list[list[str]]:
     """Lines of three words, whole numbers but for the first one if it is a name."""
     try:
-        rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
+        rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); it should be a text file of lines `{what}`") from None
     for number, row in enumerate(rows, 1):
-        if len(row) != 3 or not all(cell.removeprefix("-").isdecimal() for cell in row[names:]):
+        if len(row) != 3 or not all(cell.removeprefix("-").isdecimal() and len(cell) <= 18 for cell in row[names:]):
             raise UserError(f"{path}: line {number} is not `{what}`")
+        if names and (os.path.isabs(row[0]) or ".." in Path(row[0]).parts or "\0" in row[0]):
+            raise UserError(f"{path}: line {number} names {row[0]}, which is not below the folder of the images")
     if not rows:
         raise UserError(f"{path} is empty; it should have lines `{what}`")
     return rows

@@ -21,7 +21,7 @@ from protomem.data.faces.long_tail import images_per_person
 from protomem.data.faces.render import RENDERER, render_faces
 from protomem.data.faces.scene import ImageOptions
 from protomem.errors import UserError
-from protomem.files import write_atomically
+from protomem.files import read_json, write_atomically
 
 _BLOCK = 32  # pictures handed to a worker at a time
 
@@ -189,7 +189,7 @@ def _fingerprint(wanted: dict) -> str:
 def read_manifest(path: Path, wanted: dict, files: list[Path]) -> dict | None:
     """The statistics in `path` if it describes `wanted` and the files have the recorded sizes, else None."""
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path)
         sizes = {file.name: file.stat().st_size for file in files}
         same = manifest["fingerprint"] == _fingerprint(wanted) and manifest["files"] == sizes
         return manifest["statistics"] if same else None
