@@ -49,16 +49,22 @@ def meet(rank: int, world: int, timeout_s: float) -> dist.Store:
 
 
 def roll_call(store: dist.Store, name: str, rank: int, world: int, timeout_s: float) -> None:
-    """Wait until every rank has come here. Raises UserError that names those that have not within `timeout_s`."""
+    """Wait until every rank has come here. Raises UserError that names those that have not within `timeout_s`; where the
+    main rank tells that, the others end quietly."""
     try:
         store.set(f"host/{rank}", host())
         store.set(f"{name}/{rank}", "here")
         store.add(f"{name}/count", 1)
         end, pause = time.monotonic() + timeout_s + (GRACE_S if rank else 0), 0.001
-        while store.add(f"{name}/count", 0) < world:
+        while (count := store.add(f"{name}/count", 0)) < world:
+            if count < 0:
+                raise SystemExit(2)
             if time.monotonic() > end:
                 absent = [r for r in range(world) if not store.check([f"{name}/{r}"])]
                 named = ", ".join(_named(store, r) for r in absent[:8]) + (", ..." if len(absent) > 8 else "")
+                if rank == 0:
+                    store.add(f"{name}/count", -2 * world)  # it has given up; the store may end with it
+                    time.sleep(GRACE_S / 2)
                 raise UserError(f"{len(absent)} of {world} ranks did not come to '{name}' within {timeout_s:g} s: {named}")
             time.sleep(pause)
             pause = min(2 * pause, 0.002 + 5e-5 * world)  # one store answers all of them
