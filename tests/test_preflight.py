@@ -191,7 +191,7 @@ def test_the_way_to_the_clock_and_back_is_taken_out():
         late = SimpleNamespace(
             set=lambda key, value: time.sleep(0.1) or store.set(key, value), get=lambda key: (store.get(key), time.sleep(0.1))[0]
         )
-        watch = SimpleNamespace(rank=distributed.rank(), store=late if distributed.rank() == 1 else store)
+        watch = SimpleNamespace(rank=distributed.rank(), store=late if distributed.rank() else store, gather=distributed.gather_objects)
         return shared.clocks(watch, ["a", "b"])
 
     offset, error = run_ranks(2, work)[0]["b"]
