@@ -28,6 +28,8 @@ def preflight(
     """Collective: check everything, print it on the main rank; returns 0 if all is well, 1 if not, on all ranks.
 
     arguments: config files and key=value, or none; then data and output folder are not checked (output: this folder is).
+    timeout_s, clock_limit_s: seconds. slow_factor: times the median; None: by device (protomem/preflight/slow.py). All three
+    defaults are ours.
     Raises UserError for a config that is wrong on all ranks, and when a rank does not come within timeout_s.
     """
     config, config_error = _load(arguments)

@@ -112,7 +112,8 @@ def _unshared(path: Path, views: list[list[int]], facts: list[dict]) -> list[Pro
     out = []
     for unseen, own in groups.items():
         if unseen and unseen != usual:
-            text = f"{path} on {who(own, facts)} is not the folder of the others: what {who(list(unseen), facts)} wrote is not there"
+            others = who(list(unseen), facts)
+            text = f"{path} on {who(own, facts)} is not the folder of the others: what {others} wrote is not there"
             out.append(Problem("folder", f"{text}; put the output on a shared file system", own))
     return out
 
