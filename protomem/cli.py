@@ -1,5 +1,5 @@
-"""The command line: `protomem train|plan|preflight|evaluate|templates|embed|report|data|recipes`. Heavy modules are imported by the
-command that needs them."""
+"""The command line: `protomem train|plan|preflight|evaluate|templates|embed|report|data|recipes`. Heavy modules are
+imported by the command that needs them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def preflight(
     clock_limit: Annotated[float, typer.Option(min=0, help="Seconds by which clocks of hosts may differ.")] = 0.5,
     slow_factor: Annotated[
         Optional[float],
-        typer.Option(min=1, help="A rank or link is slow at so many times the median [default: 1.3 on GPUs, 3 on CPUs]"),
+        typer.Option(min=1, help="A rank or link is slow at so many times the median; else 1.3 on GPUs, 3 on CPUs."),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ):

@@ -13,7 +13,7 @@ from protomem import distributed
 from protomem.errors import UserError
 from protomem.files import replace_file
 from protomem.preflight import fabric, facts, shared, show, slow
-from protomem.preflight.ranks import Watch, meet
+from protomem.preflight.ranks import GRACE_S, Watch, give_up, host, limit, meet
 
 
 def preflight(
@@ -28,15 +28,19 @@ def preflight(
     """Collective: check everything, print it on the main rank; returns 0 if all is well, 1 if not, on all ranks.
 
     arguments: config files and key=value, or none; then data and output folder are not checked (output: this folder is).
+    timeout_s, clock_limit_s: seconds. slow_factor: times the median; None: by device (protomem/preflight/slow.py). All three
+    defaults are ours.
     Raises UserError for a config that is wrong on all ranks, and when a rank does not come within timeout_s.
     """
     config, config_error = _load(arguments)
     device = config.distributed.device if config is not None else "auto"
-    context = distributed.init(device, timeout_s + 60, meet=lambda rank, world: meet(rank, world, timeout_s))
+    late = f"{host()}: joining the other ranks has not ended within {2 * timeout_s:g} s, though all have come"
+    with limit(2 * timeout_s + GRACE_S, lambda: give_up(late)):  # NCCL's first connection, which nothing else bounds
+        context = distributed.init(device, timeout_s + 60, meet=lambda rank, world: meet(rank, world, timeout_s))
     try:
         watch = Watch(context, timeout_s)
         with watch.phase("facts"):
-            all_facts = distributed.gather_objects(facts.of_this_rank(context, config, config_error))
+            all_facts = watch.gather(facts.of_this_rank(context, config, config_error))
         if errors := [f["config_error"] for f in all_facts if f["config_error"]]:
             _refuse(errors, all_facts, context)
         found = measure(watch, context, config, all_facts, output, clock_limit_s, slow_factor)
@@ -81,7 +85,7 @@ def measure(
         skipped.append("data: no config with data.train was given")
     else:
         with watch.phase("data"):
-            data = distributed.gather_objects(shared.look_at_data(watch, config))
+            data = watch.gather(shared.look_at_data(watch, config))
         problems += shared.compare_data(data, all_facts)
 
     room = None
@@ -89,11 +93,11 @@ def measure(
         skipped.append("disk: without folder and data the size of a checkpoint is not known")
     else:
         with watch.phase("disk"):
-            room, lacking = distributed.broadcast_object(_room(config, where, data[0]["data.train"], context))
+            room, lacking = watch.gather(_room(config, where, data[0]["data.train"], context))[0]
         problems += lacking
 
     with watch.phase("matrix products"):
-        rates = distributed.gather_objects(fabric.gemm_rates(watch, device))
+        rates = watch.gather(fabric.gemm_rates(watch, device))
     problems += slow.slow_ranks(rates, factor, all_facts)
     collectives, links = [], []
     if context.world_size > 1:

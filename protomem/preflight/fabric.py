@@ -75,7 +75,7 @@ def collectives(watch: Watch, device: torch.device) -> list[dict]:
         }
         for kind, act in acts.items():
             watch.at(f"{kind} of {size} bytes")
-            seconds = max(distributed.gather_objects(median_seconds(act, device)))
+            seconds = max(watch.gather(median_seconds(act, device)))
             rate = 4 * n * world / seconds
             bus = PASSES[kind] * (world - 1) / world * rate
             out.append({"kind": kind, "bytes": 4 * n * world, "seconds": seconds, "algorithm_rate": rate, "bus_rate": bus})
@@ -145,7 +145,7 @@ def links(watch: Watch, device: torch.device, hosts: list[str]) -> list[dict]:
                 seconds = median_seconds(lambda: exchange(peer, send, receive), device)
                 own[pair] = min(seconds, own.get(pair, seconds))
     slower: dict[tuple[int, int], float] = {}
-    for part in distributed.gather_objects(own):
+    for part in watch.gather(own):
         for pair, seconds in part.items():  # the two ends may differ a little
             slower[pair] = max(seconds, slower.get(pair, 0.0))
     return [{"ranks": list(pair), "seconds": t, "rate": size / t} for pair, t in sorted(slower.items())]

@@ -44,6 +44,7 @@ def of_this_rank(context: distributed.Context, config: DictConfig | None, config
         "config": hashlib.sha256(OmegaConf.to_yaml(config).encode()).hexdigest()[:16] if config is not None else None,
         "config_error": config_error,
         "device": _device(context.device),
+        "device_wanted": config.distributed.device if config is not None else "auto",
     }
 
 
@@ -127,7 +128,7 @@ def devices(facts: list[dict]) -> list[Problem]:
             out.append(Problem("devices", f"one GPU ({uuid}) is used by {who(own, facts)}; start one rank per GPU", own))
     for own in by_host.values():
         visible = max(facts[rank]["device"]["visible"] for rank in own)
-        left = [rank for rank in own if facts[rank]["device"]["type"] == "cpu"]
+        left = [rank for rank in own if facts[rank]["device"]["type"] == "cpu" and facts[rank]["device_wanted"] != "cpu"]
         if visible and left:
             text = f"{visible} GPUs visible, {len(own)} ranks on {who(left, facts)}, which would train on the CPU"
             out.append(Problem("devices", f"{text}; start as many ranks as GPUs, or set distributed.device=cpu", left))

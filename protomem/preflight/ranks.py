@@ -6,11 +6,12 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import pickle
 import socket
 import sys
 import threading
 import time
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch.distributed as dist
 
@@ -49,16 +50,22 @@ def meet(rank: int, world: int, timeout_s: float) -> dist.Store:
 
 
 def roll_call(store: dist.Store, name: str, rank: int, world: int, timeout_s: float) -> None:
-    """Wait until every rank has come here. Raises UserError that names those that have not within `timeout_s`."""
+    """Wait until every rank has come here. Raises UserError that names those that have not within `timeout_s`; where the
+    main rank tells that, the others end quietly."""
     try:
         store.set(f"host/{rank}", host())
         store.set(f"{name}/{rank}", "here")
         store.add(f"{name}/count", 1)
         end, pause = time.monotonic() + timeout_s + (GRACE_S if rank else 0), 0.001
-        while store.add(f"{name}/count", 0) < world:
+        while (count := store.add(f"{name}/count", 0)) < world:
+            if count < 0:
+                raise SystemExit(2)
             if time.monotonic() > end:
                 absent = [r for r in range(world) if not store.check([f"{name}/{r}"])]
                 named = ", ".join(_named(store, r) for r in absent[:8]) + (", ..." if len(absent) > 8 else "")
+                if rank == 0:
+                    store.add(f"{name}/count", -2 * world)  # it has given up; the store may end with it
+                    time.sleep(GRACE_S / 2)
                 raise UserError(f"{len(absent)} of {world} ranks did not come to '{name}' within {timeout_s:g} s: {named}")
             time.sleep(pause)
             pause = min(2 * pause, 0.002 + 5e-5 * world)  # one store answers all of them
@@ -75,12 +82,31 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+@contextlib.contextmanager
+def limit(seconds: float, end: Callable[[], None]) -> Iterator[None]:
+    """Call `end` on another thread if what is inside takes longer."""
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def give_up(text: str) -> None:
+    """The last word of a process that cannot be interrupted."""
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 class Watch:
     """Sees to it that all ranks are in the same phase and that a phase ends: after `timeout_s` the process is ended, since
     a call into NCCL or into a file server that is gone cannot be interrupted in any other way."""
 
     def __init__(self, context: distributed.Context, timeout_s: float):
-        self.rank, self.world, self.timeout_s, self.steps = context.rank, context.world_size, timeout_s, 0
+        self.rank, self.world, self.timeout_s = context.rank, context.world_size, timeout_s
+        self.steps = self.gathered = 0
         self.store = dist.PrefixStore("preflight", distributed.store())
         self.second = self.store.clone()  # its own connection: the first one may be what hangs
 
@@ -88,19 +114,23 @@ class Watch:
     def phase(self, name: str) -> Iterator[None]:
         """All ranks enter together. Errors of torch become a UserError of one line."""
         self.meet(name)
-        timer = threading.Timer(self.timeout_s + (GRACE_S if self.rank else 0), self._end, [name])
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        except RuntimeError as error:
-            raise UserError(f"rank {self.rank} ({host()}) failed in '{name}': {_first_line(error)}") from error
-        finally:
-            timer.cancel()
+        with limit(self.timeout_s + (GRACE_S if self.rank else 0), lambda: self._end(name)):
+            try:
+                yield
+            except RuntimeError as error:
+                raise UserError(f"rank {self.rank} ({host()}) failed in '{name}': {_first_line(error)}") from error
 
     def meet(self, name: str) -> None:
         roll_call(self.store, name, self.rank, self.world, self.timeout_s)
         self.at(name)
+
+    def gather(self, value) -> list:
+        """One small value per rank -> the list of all, on every rank; over the store."""
+        self.gathered += 1
+        key = f"gather/{self.gathered}"
+        self.store.set(f"{key}/{self.rank}", pickle.dumps(value))
+        roll_call(self.store, f"answers, {self.gathered}", self.rank, self.world, self.timeout_s)
+        return [pickle.loads(value) for value in self.store.multi_get([f"{key}/{r}" for r in range(self.world)])]
 
     def at(self, what: str) -> None:
         """Leave word of what this rank begins, for the message if it never ends."""
@@ -117,5 +147,5 @@ class Watch:
         except RuntimeError as error:
             behind, told = [self.rank], f"rank {self.rank} ({host()}), which cannot ask the others: {_first_line(error)}"
         if self.rank == 0 or self.rank in behind:
-            print(f"error: '{name}' has not ended within {self.timeout_s:g} s; behind: {told}", file=sys.stderr, flush=True)
+            give_up(f"'{name}' has not ended within {self.timeout_s:g} s; behind: {told}")
         os._exit(1)

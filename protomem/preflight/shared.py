@@ -11,7 +11,6 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from protomem import distributed
 from protomem.data.index_cache import content_fingerprint
 from protomem.data.records import open_records
 from protomem.errors import UserError
@@ -48,7 +47,7 @@ def clocks(watch: Watch, hosts: list[str]) -> dict[str, tuple[float, float]]:
                 after = time.time()
                 found = (before + after) / 2 - there, (after - before) / 2
                 own = found if own is None or found[1] < own[1] else own
-    answers = distributed.gather_objects(own)
+    answers = watch.gather(own)
     return {name: answers[hosts.index(name)] or (0.0, 0.0) for name in dict.fromkeys(hosts)}
 
 
@@ -69,7 +68,7 @@ def folder(watch: Watch, path: Path, facts: list[dict]) -> list[Problem]:
     """Every rank leaves a file in the folder and looks for everybody else's; nothing of it stays, nor a folder that was
     not there before."""
     absent = [p for p in (path, *path.parents) if not p.exists()]
-    tokens = path / distributed.broadcast_object(f".preflight-{secrets.token_hex(8)}")
+    tokens = path / watch.gather(f".preflight-{secrets.token_hex(8)}")[0]
     own, problem, seen = tokens / str(watch.rank), None, set()
     watch.meet("folder: everybody has looked what is there")
     try:
@@ -77,7 +76,7 @@ def folder(watch: Watch, path: Path, facts: list[dict]) -> list[Problem]:
         own.write_text("here")
     except OSError as error:
         problem = error.strerror
-    problems = distributed.gather_objects(problem)
+    problems = watch.gather(problem)
     writers = {rank for rank, failed in enumerate(problems) if not failed}
     end = time.monotonic() + VISIBLE_S
     while True:
@@ -86,7 +85,7 @@ def folder(watch: Watch, path: Path, facts: list[dict]) -> list[Problem]:
         if problem or seen >= writers or time.monotonic() > end:
             break
         time.sleep(0.05)
-    views = distributed.gather_objects([] if problem else sorted(writers - seen))
+    views = watch.gather([] if problem else sorted(writers - seen))
     with contextlib.suppress(OSError):
         own.unlink(missing_ok=True)
     watch.meet("folder: everybody has removed its file")
@@ -113,7 +112,8 @@ def _unshared(path: Path, views: list[list[int]], facts: list[dict]) -> list[Pro
     out = []
     for unseen, own in groups.items():
         if unseen and unseen != usual:
-            text = f"{path} on {who(own, facts)} is not the folder of the others: what {who(list(unseen), facts)} wrote is not there"
+            others = who(list(unseen), facts)
+            text = f"{path} on {who(own, facts)} is not the folder of the others: what {others} wrote is not there"
             out.append(Problem("folder", f"{text}; put the output on a shared file system", own))
     return out
 

@@ -10,8 +10,9 @@ from rich.markup import escape
 from protomem.plan.show import _console, _line, _table
 
 FORMULAS = (
-    "S: bytes of the gathered result, of the input of a reduce-scatter, of the buffer of an all-reduce; t: seconds of the slowest "
-    "rank (median of calls). Algorithm bandwidth = S / t; bus bandwidth = (W - 1) / W of it, twice that for an all-reduce."
+    "S: bytes of the gathered result, of the input of a reduce-scatter, of the buffer of an all-reduce; t: seconds of the "
+    "slowest rank (median of calls). Algorithm bandwidth = S / t; bus bandwidth = (W - 1) / W of it, twice that "
+    "for an all-reduce."
 )
 
 

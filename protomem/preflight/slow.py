@@ -20,8 +20,8 @@ def slow_ranks(rates: list[dict[str, float]], factor: float, facts: list[dict]) 
         usual = statistics.median_high(rate[name] for rate in rates)
         for rank, rate in enumerate(rates):
             if rate[name] * factor < usual:
-                text = f"{who([rank], facts)} does {rate[name]:.3g} TFLOP/s of {name} matrix products, the median is {usual:.3g}"
-                text += f" ({usual / rate[name]:.1f} times as fast; limit {factor:g})"
+                text = f"{who([rank], facts)} does {rate[name]:.3g} TFLOP/s of {name} matrix products, the median is "
+                text += f"{usual:.3g} ({usual / rate[name]:.1f} times as fast; limit {factor:g})"
                 out.append(Problem("slow rank", f"{text}; look for other jobs, throttling, power limits", [rank]))
     return out
 
