@@ -235,7 +235,6 @@ def put_off(act: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(_catch_up)  # for a pass that comes to no gather
 
 
-@torch.no_grad()
 def _catch_up() -> None:
     while _put_off:
         _put_off.pop(0)()
