@@ -16,12 +16,12 @@ def inputs(batch=24, classes=300, size=64, dtype=torch.float32, seed=0):
     return x, rows, torch.randint(0, classes, (batch,), generator=g)
 
 
-def gradients(head, x, rows, target, scale=64.0, calls=1, **options):
+def gradients(head, x, rows, target, scale=64.0, calls=1, unit=False, **options):
     sink = GradSink()
     sink.begin(rows)
     loss = 0
     for _ in range(calls):
-        cos_y, lse = head(x, Columns(rows, target, sink), scale, **options)
+        cos_y, lse = head(x, Columns(rows, target, sink, unit=unit), scale, **options)
         loss = loss + objective(scale * (cos_y - 0.4), lse).mean()
     x.grad = None
     loss.backward()
@@ -32,13 +32,15 @@ def relative(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-@pytest.mark.parametrize("units", [False, True])
-def test_bf16_operands_cost_one_percent_of_the_gradient(units, monkeypatch):
-    """Whether or not the processor multiplies bf16: with such units logits come from fp32 operands, and little is lost."""
+@pytest.mark.parametrize("units, store_mb, unit", [(False, 16, False), (True, 0, False), (True, 0.3, False), (True, 16, True)])
+def test_bf16_operands_cost_one_percent_of_the_gradient(units, store_mb, unit, monkeypatch):
+    """Whether or not the processor multiplies bf16: with such units logits come from fp32 operands, and little is lost, also
+    where exponentials were kept in bf16. Two terms, so that the second one adds to the gradient."""
     monkeypatch.setattr(operands, "has_units", lambda device: units)
     x, rows, target = inputs(64, 2000, 512)
-    _, dx, dw = gradients(HEADS["dense"], x.detach().double().requires_grad_(), rows.double(), target)
-    loss, hx, hw = gradients(HEADS["blocked"], x, rows, target, precision="bf16")
+    rows = F.normalize(rows) if unit else rows
+    _, dx, dw = gradients(HEADS["dense"], x.detach().double().requires_grad_(), rows.double(), target, 64.0, 2, unit)
+    loss, hx, hw = gradients(HEADS["blocked"], x, rows, target, 64.0, 2, unit, precision="bf16", store_mb=store_mb)
     most = 0.0015 if units else 0.012
     assert relative(hx, dx) <= most and relative(hw, dw) <= most
     assert relative(hx, dx) > 1e-4  # bf16 was really used

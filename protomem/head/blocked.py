@@ -2,7 +2,7 @@
 
 Per block of K rows one GEMM gives B x K logits, which are used up while they are in cache; nothing of size B x C and no
 normalised copy of the rows is ever allocated. Logits of the first blocks are kept for the backward while they fit in
-`store_mb`; the others are computed again. d loss / d rows goes straight into the shard's one gradient buffer, with the
+`store_mb` (on CPUs that multiply bf16 their exponentials, if asked for bf16); the others are computed again. d loss / d rows goes straight into the shard's one gradient buffer, with the
 backward of the normalisation folded in as a rank-one correction per row. With u_j = w_j / |w_j| and g = d loss / d lse:
 
     p_ij = g_i s exp(z_ij - lse_i) slope_ij            for negatives; the target has its own fp32 path
@@ -82,8 +82,11 @@ class _Head(torch.autograd.Function):
         own_cos = (x * mine).sum(1)
         seen_cos = early_cos_y(own_cos, negatives)[:, None]
         inverse = torch.ones(c, dtype=x.dtype, device=x.device)
-        kept_blocks = min(-(-c // block), store // max(1, b * block * x.element_size())) if keep else 0
-        kept = _pool.take(kept_blocks, b * block, x) if kept_blocks else None
+        light = operands.units and negatives is threshold is columns.injection is columns.live is None
+        like = x.bfloat16() if light else x
+        kept_blocks = min(-(-c // block), store // max(1, b * block * like.element_size())) if keep else 0
+        kept = _pool.take(kept_blocks, b * block, like) if kept_blocks else None
+        tops = x.new_empty(kept_blocks, b) if light else None
         threshold = None if threshold is None else threshold.to(x.dtype)
         scratch = _pool.take(2, b * block, x) if c else None
         xl = operands.prepare_logits(x)
@@ -97,7 +100,7 @@ class _Head(torch.autograd.Function):
             w = rows[start:stop]
             if not columns.unit:
                 inverse[start:stop] = inverse_norm(w.to(x.dtype))
-            z = _view(kept[k] if k < kept_blocks else scratch[0], b, stop - start)
+            z = _view(kept[k] if k < kept_blocks and not light else scratch[0], b, stop - start)
             w = w if mixer is None else mixer.put(start, stop, inverse)
             operands.matmul(xl, operands.prepare_logits(w).t(), out=z)
             if mixer is not None:
@@ -121,6 +124,9 @@ class _Head(torch.autograd.Function):
             total.mul_((top - higher).exp_())
             total += _exp(torch.sub(values, higher[:, None], out=seen)).sum(1)
             top = higher
+            if light and k < kept_blocks:
+                _view(kept[k], b, stop - start).copy_(seen)
+                tops[k] = top
         if threshold is None:
             none = top <= HIDDEN / 2
             cos_y, out = combine(own_cos, top.masked_fill(none, float("-inf")), total.masked_fill(none, 0), scale)
@@ -132,7 +138,7 @@ class _Head(torch.autograd.Function):
         if scratch is not None:
             _pool.give(scratch)
         ctx.columns, ctx.scale, ctx.negatives, ctx.operands, ctx.block = columns, scale, negatives, operands, block
-        ctx.kept, ctx.kept_blocks, ctx.has_own = kept, kept_blocks, own is not None
+        ctx.kept, ctx.kept_blocks, ctx.tops, ctx.has_own = kept, kept_blocks, tops, own is not None
         ctx.live = columns.live.place if live is not None else None
         ctx.inverse_w = mixer.inverse_w if mixer is not None else None
         ctx.unified = threshold is not None
@@ -162,7 +168,17 @@ class _Head(torch.autograd.Function):
             room = _pool.take(block, x.shape[1], x) if c and update is not None else None  # a block's gradient
         for k, start in enumerate(range(0, c, block)):
             stop = min(start + block, c)
-            w = rows[start:stop]
+            w, grad = rows[start:stop], None
+            if sink is not None:
+                grad = sink.buffer[start:stop] if update is None else room[: stop - start]
+            if ctx.tops is not None and k < ctx.kept_blocks:
+                share = factor * (ctx.tops[k][:, None] - shift).exp()
+                exps = _view(ctx.kept[k], b, stop - start)
+                _from_exponentials(exps, share, x, w, inverse[start:stop], columns, dx, grad)
+                if update is not None:
+                    add_to_targets(to_targets, columns, grad, start)
+                    update(start, stop, grad)
+                continue
             v = w if mixer is None else mixer.put(start, stop)
             wg = operands.prepare(v)
             z = _view(ctx.kept[k] if k < ctx.kept_blocks else scratch[0], b, stop - start)
@@ -188,7 +204,6 @@ class _Head(torch.autograd.Function):
                 inside = (place >= start) & (place < stop)
                 seen_live += p[:, (place - start).clamp(0, stop - start - 1)] * inside
             if sink is not None:
-                grad = sink.buffer[start:stop] if update is None else room[: stop - start]
                 before = None if mixer is None or sink.fresh else mixer.take_out(grad)
                 if sink.fresh:
                     operands.matmul(pg.t(), xg, out=grad)
@@ -217,6 +232,23 @@ class _Head(torch.autograd.Function):
         ctx.kept = None
         d_threshold = -(g_out * ctx.share).sum()[None] if ctx.unified else None
         return dx, d_own, d_live, None, None, None, None, None, None, None, d_threshold
+
+
+def _from_exponentials(exps, share, x, w, inverse, columns: Columns, dx, grad) -> None:
+    """A block's part of dx [B, D], and its gradient grad [K, D] if wanted, from kept exponentials [B, K] in bf16. What p_ij
+    is besides is a factor of the sample, share [B, 1], and one of the row, inverse [K]."""
+    p, half = (exps * inverse).bfloat16(), w.bfloat16()
+    dx.addcmul_(torch.mm(p, half), share)
+    if grad is None:
+        return
+    raw = torch.mm(p.t(), (x * share).bfloat16())
+    if columns.sink.fresh:
+        grad.copy_(raw)
+    else:
+        grad.add_(raw)
+    if not columns.unit:
+        along = (raw * half).sum(1, dtype=grad.dtype) * inverse.square()
+        grad.addcmul_(w, along[:, None], value=-1)
 
 
 def _view(buffer: torch.Tensor, b: int, width: int) -> torch.Tensor:

@@ -187,7 +187,8 @@ class _Chunks:
         launch(self.make.add_dx, grid, *args, BM=tiles.m, BN=tiles.n, BK=tiles.k, BD=tiles.d, **self.product)
 
     def row_grads(self, start, exps, inverse, tops, level, weight, room: torch.Tensor | None, out) -> None:
-        """The chunk's gradient, into out [K, D] (or added to it). room [K, D] fp32 is needed unless rows are unit and have no features."""
+        """The chunk's gradient, into out [K, D] (or added to it). room [K, D] fp32 is needed unless rows are unit and have no
+        features."""
         start, stop, t = self.span(start)
         tiles, columns, k = self.tiles, self.columns, stop - start
         add = not columns.sink.fresh

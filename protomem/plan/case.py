@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from protomem import config as configs
@@ -14,6 +15,7 @@ from protomem.data.records import open_records
 from protomem.distributed import shard_bounds
 from protomem.errors import UserError
 from protomem.head.blocked import block_rows
+from protomem.head.operands import has_units
 from protomem.plan.encoder import EncoderCost, encoder_cost
 from protomem.plan.hardware import Device, Fabric
 from protomem.schema import Config
@@ -101,9 +103,17 @@ class Case:
         return min(self.config.head.block or block_rows(self.views * self.batch), max(1, self.active))
 
     @property
+    def kept_bytes(self) -> int:
+        """Of each logit, or exponential, that is kept for the backward."""
+        c = self.config
+        units = self.device.kind == "cpu" and c.head.precision == "bf16" and has_units(torch.device("cpu"))
+        plain = c.margin.filter_above == 0 and c.margin.criterion == "softmax" and c.prototypes.injection.weight == 0
+        return 2 if units and plain and c.prototypes.memory.gradient != "batch" else 4
+
+    @property
     def kept_blocks(self) -> int:
-        """Blocks whose logits are kept for the backward."""
-        store, one = int(self.config.head.store_mb * 2**20), self.views * self.batch * self.block * 4
+        """Blocks of which something is kept for the backward."""
+        store, one = int(self.config.head.store_mb * 2**20), self.views * self.batch * self.block * self.kept_bytes
         return min(-(-self.active // self.block), store // max(1, one))
 
     @property

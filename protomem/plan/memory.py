@@ -113,7 +113,7 @@ def _head_buffers(case: Case) -> dict[str, float]:
     one = 4 * case.views * case.batch * case.block
     terms = 2 if case.config.prototypes.empirical.enabled else 1
     return {
-        "kept logits (head.store_mb)": one * case.kept_blocks * terms,
+        "kept logits (head.store_mb)": one * case.kept_bytes / 4 * case.kept_blocks * terms,
         "scratch blocks of the head": 2 * one,
         "gradient of a block": 4 * case.block * case.size if case.config.optimizer.fuse_prototypes else 0,
     }
