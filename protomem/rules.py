@@ -94,6 +94,8 @@ AT_LEAST = {
     "checkpoint.keep": 1,
     "log.every": 1,
     "distributed.timeout_s": 1,
+    "distributed.check_every": 0,
+    "distributed.straggler": 0,
 }
 # A setting without effect is a mistake: these keys may only leave their default where the other key has such a value.
 ONLY_WITH = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from protomem import build, checks, composition, distributed, flight, optim, state
+from protomem import build, checks, composition, distributed, flight, optim, replicas, state, straggler
 from protomem.data.augment import AugmentOptions
 from protomem.data.inspect import known_bad
 from protomem.data.pairs import read_bin
@@ -236,8 +236,9 @@ class Run:
         if world > 1:
             self._settle_buckets(model)
         self.model = torch.compile(model) if c.encoder.compile else model
+        self.stopwatch = straggler.Stopwatch(self.model, self.device)
         self.saved, self.finite = self.step, torch.ones((), device=self.device)
-        self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": time.monotonic()}
+        self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": time.monotonic(), "from": self.step}
         if self.step == 0 and self.memory and c.prototypes.memory.fill == "prefill":
             steps = self.memory.fill(self._loader, lambda batch, step: self._enqueue(self._parts(batch)[0], step))
             self.log.event("prefill", steps=steps)
@@ -254,6 +255,7 @@ class Run:
                     stats = self._one_step(batch)
                     if self.step % c.log.every == 0 or self.step == self.total:
                         self._report(stats)
+                    self._check_replicas()
                     self._periodic()
                     if self.step == self.total:
                         break
@@ -407,7 +409,27 @@ class Run:
         self._check_finite()
         if self.memory:
             self.memory.check()
-        self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": now}
+        self._find_straggler()
+        self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": now, "from": self.step}
+
+    def _find_straggler(self) -> None:
+        factor, i, own = self.config.distributed.straggler, self.interval, self.stopwatch.read()
+        if factor and self.context.world_size > 1:
+            found = straggler.find(i["wait"] + own, self.step - i["from"], factor, self.device)
+            if found:
+                self.log.event("straggler", step=self.step, **found)
+
+    def _check_replicas(self) -> None:
+        every = self.config.distributed.check_every
+        if not every or self.step % every or self.context.world_size == 1:
+            return
+        modules = self._modules()
+        # BatchNorm statistics are each rank's own between checkpoints.
+        own = {f"{part}.{k}" for part in ("encoder", "key_encoder") if part in modules for k, _ in modules[part].named_buffers()}
+        tensors = state.named_state(modules, self.optimizers)
+        tensors = {k: v.to(self.device) for k, v in tensors.items() if k not in own and not state.is_rows(k, v)}
+        position = torch.tensor([self.step, self._learning_rate(self.step)], dtype=torch.float64, device=self.device)
+        replicas.check_state({"step and learning rate": position, **tensors}, self.step)
 
     def _check_finite(self) -> None:
         if not self.finite.item():
@@ -438,5 +460,6 @@ def train(config: DictConfig) -> None:
     flight.nccl_records(Path(config.output))
     context = distributed.init(config.distributed.device, config.distributed.timeout_s)
     with watched(config.output, config.distributed.timeout_s, context.device):
+        replicas.check_config(config)
         Run(config, context).run()
     distributed.shutdown()  # not after an error: leaving the group can hang, and the message must come out
