@@ -16,6 +16,7 @@ from protomem.data.inspect import known_bad
 from protomem.data.pairs import read_bin
 from protomem.data.pipeline import make_loader, normalise
 from protomem.data.records import open_records
+from protomem.elastic import only_others_leave
 from protomem.errors import UserError
 from protomem.evaluate.extract import evaluate_bins
 from protomem.memory_run import MemoryRun
@@ -27,6 +28,7 @@ from protomem.signals import StopRequest
 from protomem.step import Extras, MicroBatch, enqueue, forward_backward
 from protomem.watch import watched
 
+RESTART = 75  # "try again" (EX_TEMPFAIL): torchrun's agent then starts the workers anew
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -36,6 +38,7 @@ class Run:
     def __init__(self, config: DictConfig, context: distributed.Context):
         self.config, self.context, self.device = config, context, context.device
         self.folder, self.step, self.overflows = Path(config.output), 0, 0
+        self.goes_on = False  # after a stop that concerned other machines only
         self.best = state.best_so_far(self.folder / "checkpoints")
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
@@ -114,7 +117,9 @@ class Run:
         return {name: module for name, module in all_of_them.items() if module is not None}
 
     def resume(self) -> Path | None:
-        found, restarted = None, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        # A machine that came back counts from 0 again.
+        restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=self.device)
+        found, restarted = None, distributed.all_reduce(restarts, "max").item() > 0
 
         def find():
             nonlocal found
@@ -264,6 +269,7 @@ class Run:
                         if self.saved != self.step:
                             self.save()
                         self.log.event("stopped", step=self.step, reason=stop.reason())
+                        self.goes_on = only_others_leave(bool(stop.noted))
                         return False
         return True
 
@@ -461,5 +467,8 @@ def train(config: DictConfig) -> None:
     context = distributed.init(config.distributed.device, config.distributed.timeout_s)
     with watched(config.output, config.distributed.timeout_s, context.device):
         replicas.check_config(config)
-        Run(config, context).run()
+        run = Run(config, context)
+        run.run()
     distributed.shutdown()  # not after an error: leaving the group can hang, and the message must come out
+    if run.goes_on:
+        raise SystemExit(RESTART)
