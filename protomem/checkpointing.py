@@ -41,7 +41,9 @@ def modules(run) -> dict[str, torch.nn.Module]:
 
 def resume(run) -> Path | None:
     """Load the checkpoint that this run goes on from into its parts, and return it; None for a start. Collective."""
-    found, restarted = None, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    # A machine that came back counts from 0 again.
+    restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=run.device)
+    found, restarted = None, distributed.all_reduce(restarts, "max").item() > 0
 
     def find():
         nonlocal found

@@ -106,6 +106,8 @@ def check(config: DictConfig, optional: tuple[str, ...] = ()) -> None:
         if OmegaConf.select(config, switch) == 0 and OmegaConf.select(config, section) != OmegaConf.select(defaults, section):
             given = [k for k, v in OmegaConf.select(config, section).items() if v != OmegaConf.select(defaults, f"{section}.{k}")]
             raise UserError(f"{section}.{given[0]} has no effect with {switch}=0; remove it, or set the weight")
+    if 0 < config.distributed.straggler <= 1:
+        raise UserError(f"distributed.straggler={config.distributed.straggler} would name every rank: more than 1, or 0 for never")
     if len(config.optimizer.betas) != 2:
         raise UserError(f"optimizer.betas={list(config.optimizer.betas)} must be two numbers")
     if config.evaluate.every > 0 and not config.data.eval:

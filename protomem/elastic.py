@@ -1,4 +1,4 @@
-"""Workers of an elastic job (torchrun): they end with the agent that started them."""
+"""Workers of an elastic job (torchrun): they end with the agent that started them, and go on when only another machine leaves."""
 
 from __future__ import annotations
 
@@ -23,3 +23,18 @@ def end_with_agent(env=os.environ) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != agent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def only_others_leave(asked: bool, env=os.environ) -> bool:
+    """Whether this machine should go on, now that all ranks have stopped and saved: in a job that may shrink, if none of its
+    ranks was asked to stop (`asked`: this rank was). Collective.
+
+    A machine that is drained, or whose agent restarts its workers because another one waits to join, stops all ranks. A
+    worker that ended well would end its machine's part of the job; one that fails is restarted, with those that are there.
+    """
+    if "PROTOMEM_ELASTIC" not in env:
+        return False
+    from protomem import distributed  # torch
+
+    machine = env.get("GROUP_RANK")
+    return (machine, True) not in distributed.gather_objects((machine, asked))

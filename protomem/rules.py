@@ -96,6 +96,8 @@ AT_LEAST = {
     "checkpoint.keep": 1,
     "log.every": 1,
     "distributed.timeout_s": 1,
+    "distributed.check_every": 0,
+    "distributed.straggler": 0,
 }
 # What a slip of the finger, or somebody else's file, must not make anyone allocate (our default).
 AT_MOST = {"data.size": 4096, "data.threads": 1024, "data.prefetch": 1024, "encoder.embedding_size": 65_536}

@@ -256,6 +256,8 @@ class Log:
 class Distributed:
     device: str = "auto"
     timeout_s: float = 600.0
+    check_every: int = 0
+    straggler: float = 2.0
 
 
 @dataclass

@@ -55,7 +55,8 @@ def named_state(modules: dict[str, torch.nn.Module], optimizers: dict[str, torch
     return state
 
 
-def _is_rows(name: str, value: torch.Tensor) -> bool:
+def is_rows(name: str, value: torch.Tensor) -> bool:
+    """Whether a tensor of `named_state` is rows, of which every rank has others."""
     return name.removeprefix("optimizer.").startswith(SHARDED) and value.ndim > 0
 
 
@@ -71,7 +72,7 @@ def _wrap(state: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
     out = {}
     for name, value in state.items():
         value = value.detach()
-        if _is_rows(name, value):
+        if is_rows(name, value):
             shape = torch.Size([rows, *value.shape[1:]])
             stride = tuple(torch.empty(shape, device="meta").stride())
             value = DTensor.from_local(value, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
@@ -284,7 +285,7 @@ def load(
     for name in more:
         state[name] = torch.zeros(_size(saved[name]), dtype=saved[name].properties.dtype)
     for name, value in state.items():
-        shape = [rows, *value.shape[1:]] if _is_rows(name, value) else list(value.shape)
+        shape = [rows, *value.shape[1:]] if is_rows(name, value) else list(value.shape)
         if _size(saved[name]) != shape:
             raise UserError(f"checkpoint {path}: {name} is {_size(saved[name])} there, {shape} in this run")
     _load(_wrap(state, rows), path, info, metadata, distributed.world_size() == 1)

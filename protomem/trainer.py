@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from protomem import build, checkpointing, checks, composition, distributed, flight, optim, state
+from protomem import build, checkpointing, checks, composition, distributed, flight, optim, replicas, state, straggler
 from protomem.data.augment import AugmentOptions
 from protomem.data.inspect import known_bad
 from protomem.data.pairs import read_bin
 from protomem.data.pipeline import make_loader, normalise
 from protomem.data.records import open_records
+from protomem.elastic import only_others_leave
 from protomem.encoder.compiled import compiled
 from protomem.errors import UserError
 from protomem.evaluate.extract import evaluate_bins
@@ -25,7 +26,7 @@ from protomem.metrics import RunLog
 from protomem.report import save_evaluation, write_report
 from protomem.schedule import learning_rate
 from protomem.seeds import mix
-from protomem.signals import StopRequest
+from protomem.signals import STOPPED, StopRequest
 from protomem.step import Extras, MicroBatch, enqueue, forward_backward
 from protomem.watch import watched
 
@@ -38,6 +39,7 @@ class Run:
     def __init__(self, config: DictConfig, context: distributed.Context):
         self.config, self.context, self.device = config, context, context.device
         self.folder, self.step, self.overflows = Path(config.output), 0, 0
+        self.goes_on = False  # after a stop that concerned other machines only
         self.best = state.best_so_far(self.folder / "checkpoints")
         checks.graphs(config, self.device)
         if config.train.deterministic:
@@ -165,8 +167,9 @@ class Run:
         if self.context.world_size > 1:
             self._settle_buckets(model)
         self.model = compiled(model, self.config.encoder.compile)
+        self.stopwatch = straggler.Stopwatch(self.model, self.device)
         self.saved, self.finite = self.step, torch.ones((), device=self.device)
-        self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": time.monotonic()}
+        self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": time.monotonic(), "from": self.step}
 
     def _train(self, stop: StopRequest) -> bool:
         c = self.config
@@ -187,6 +190,7 @@ class Run:
                     stats = self._one_step(batch)
                     if self.step % c.log.every == 0 or self.step == self.total:
                         self._report(stats)
+                    self._check_replicas()
                     self._periodic()
                     if self.step == self.total:
                         break
@@ -199,6 +203,7 @@ class Run:
                             checkpointing.save(self)
                         self.saver.wait()
                         self.log.event("stopped", step=self.step, reason=stop.reason())
+                        self.goes_on = only_others_leave(bool(stop.noted))
                         return False
         return True
 
@@ -346,7 +351,27 @@ class Run:
         self.check_finite()
         if self.memory:
             self.memory.check()
-        self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": now}
+        self._find_straggler()
+        self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": now, "from": self.step}
+
+    def _find_straggler(self) -> None:
+        factor, i, own = self.config.distributed.straggler, self.interval, self.stopwatch.read()
+        if factor and self.context.world_size > 1:
+            found = straggler.find(i["wait"] + own, self.step - i["from"], factor, self.device)
+            if found:
+                self.log.event("straggler", step=self.step, **found)
+
+    def _check_replicas(self) -> None:
+        every = self.config.distributed.check_every
+        if not every or self.step % every or self.context.world_size == 1:
+            return
+        modules = checkpointing.modules(self)
+        # BatchNorm statistics are each rank's own between checkpoints.
+        own = {f"{part}.{k}" for part in ("encoder", "key_encoder") if part in modules for k, _ in modules[part].named_buffers()}
+        tensors = state.named_state(modules, self.optimizers)
+        tensors = {k: v.to(self.device) for k, v in tensors.items() if k not in own and not state.is_rows(k, v)}
+        position = torch.tensor([self.step, self._learning_rate(self.step)], dtype=torch.float64, device=self.device)
+        replicas.check_state({"step and learning rate": position, **tensors}, self.step)
 
     def check_finite(self) -> None:
         if not self.finite.item():
@@ -385,6 +410,10 @@ def train(config: DictConfig, stop: StopRequest | None = None) -> bool:
         stop = stop or listening.enter_context(StopRequest())
         context = distributed.init(config.distributed.device, config.distributed.timeout_s)
         with watched(config.output, config.distributed.timeout_s, context.device):
-            finished = Run(config, context).run(stop)
+            replicas.check_config(config)
+            run = Run(config, context)
+            finished = run.run(stop)
         distributed.shutdown()  # not after an error: leaving the group can hang, and the message must come out
-        return finished
+    if run.goes_on:
+        raise SystemExit(STOPPED)  # for torchrun's agent a failure: it starts the workers anew
+    return finished

@@ -45,11 +45,13 @@ def watched(folder, timeout_s: float, device: torch.device):
         distributed.barrier()
     except BaseException as error:
         explained = watch.explain(error)
-        watch.stop()
+        watch.stopped = True
         if explained is not None:
             raise explained from error
         raise
-    watch.stop()
+    watch.stopped = True
+    watch.woken.set()
+    watch.thread.join(GRACE_S)
     distributed.barrier()  # rank 0 keeps the store and may leave only when nobody looks into it any more
 
 
@@ -86,11 +88,6 @@ class Watch:
         if not failed:
             return None
         return UserError(self.verdict or f"a collective failed ({self.error}), and {self.name(0)}, which keeps the store, is silent")
-
-    def stop(self) -> None:
-        self.stopped = True
-        self.woken.set()
-        self.thread.join(4 * GRACE_S)
 
     # --- the thread ------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,58 @@
+"""Which rank the others wait for: each rank's own time in the loader and in the encoder's forward pass, which has no collectives."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import torch
+
+from protomem import distributed
+
+LEAST_S = 0.5  # per interval: less than this more than the usual rank is noise (our default)
+
+
+class Stopwatch:
+    """Adds up the seconds of a module's forward passes: on a GPU between events of its stream, without waiting."""
+
+    def __init__(self, module: torch.nn.Module, device: torch.device):
+        self.cuda, self.begun, self.events, self.seconds = device.type == "cuda", None, [], 0.0
+        module.register_forward_pre_hook(self._begin)
+        module.register_forward_hook(self._end)
+
+    def _mark(self):
+        if not self.cuda:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _begin(self, *_) -> None:
+        self.begun = self._mark()
+
+    def _end(self, *_) -> None:
+        if self.cuda:
+            self.events.append((self.begun, self._mark()))
+        else:
+            self.seconds += self._mark() - self.begun
+
+    def read(self) -> float:
+        """Seconds since the last call. On a GPU it waits for the last pass: call it where that is done anyway."""
+        for begin, end in self.events:
+            end.synchronize()
+            self.seconds += begin.elapsed_time(end) / 1000
+        seconds, self.events, self.seconds = self.seconds, [], 0.0
+        return seconds
+
+
+def find(own_s: float, steps: int, factor: float, device: torch.device) -> dict | None:
+    """What to log if the slowest rank's own seconds in an interval of `steps` exceed `factor` times the median rank's: its `rank`,
+    `host`, `ratio`, and seconds a step. Equal on all ranks. Collective."""
+    every = distributed.gather_rows(torch.tensor([own_s], device=device), [1] * distributed.world_size()).tolist()
+    usual, slowest = sorted(every)[(len(every) - 1) // 2], max(every)
+    if slowest <= factor * usual or slowest - usual < LEAST_S:
+        return None
+    rank = every.index(slowest)
+    host = distributed.gather_objects(socket.gethostname())[rank]
+    ratio = round(slowest / max(usual, 1e-9), 2)
+    return {"rank": rank, "host": host, "ratio": ratio, "s_per_step": round(slowest / steps, 4), "usual": round(usual / steps, 4)}
