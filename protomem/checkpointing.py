@@ -28,6 +28,7 @@ def identity(run) -> dict:
         "group": [run.sampler.groups, run.sampler.passes] if c.data.sampler.name == "group" else None,
         "look_alikes": c.data.sampler.pick == "look_alike",
         "key_encoder": run.key_encoder is not None,
+        "data": run.records.fingerprint,
     }
 
 
@@ -44,6 +45,7 @@ def resume(run) -> Path | None:
 
     def find():
         nonlocal found
+        state.tidy(run.folder / "checkpoints")
         found = state.find(run.folder / "checkpoints", run.config.checkpoint.resume, restarted)
 
     distributed.main_first(find)
@@ -52,6 +54,11 @@ def resume(run) -> Path | None:
         return None
     info = state.read_info(path)
     for key, value in identity(run).items():
+        if key == "data" and info["run"].get(key, value) != value:
+            raise UserError(
+                f"{run.records.path} has changed since checkpoint {path} was written, which is a position in the old data; put "
+                "them back, or start anew with another output folder"
+            )
         if info["run"].get(key, value) != value:
             raise UserError(
                 f"checkpoint {path} was made with {key}={info['run'].get(key)}, this run has {value}; restore it, or "

@@ -161,6 +161,15 @@ def remove_remains(folder: Path) -> None:
         shutil.rmtree(stale)
 
 
+def tidy(folder: Path) -> None:
+    """Finish what a kill has interrupted: delete the remains, and point `best` at what `best.json` names. Main rank only."""
+    remove_remains(folder)
+    record = best_so_far(folder)
+    path = Path(folder) / f"step-{record['step']:08d}" if record else None
+    if path is not None and _complete(path):
+        _link(Path(folder) / "best", path)
+
+
 def mark_best(folder: Path, path: Path, record: dict) -> None:
     """Point `best` at a checkpoint and remember why (step, pair set, accuracy). Main rank only."""
     replace_file(Path(folder) / "best.json", json.dumps(record).encode())

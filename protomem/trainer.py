@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from protomem import build, checkpointing, checks, composition, distributed, optim, state
+from protomem import build, checkpointing, checks, composition, distributed, lock, optim, state
 from protomem.data.augment import AugmentOptions
 from protomem.data.inspect import known_bad
 from protomem.data.pairs import read_bin
@@ -126,15 +126,18 @@ class Run:
     def run(self) -> None:
         resumed = checkpointing.resume(self)
         c = self.config
-        self.log = RunLog(
-            self.folder,
-            total_steps=self.total,
-            config=OmegaConf.to_container(c),
-            is_main=self.context.is_main,
-            wandb=OmegaConf.to_container(c.log.wandb),
-            tensorboard=c.log.tensorboard,
-            resume_step=self.step if resumed else -1,
-        )
+        try:
+            self.log = RunLog(
+                self.folder,
+                total_steps=self.total,
+                config=OmegaConf.to_container(c),
+                is_main=self.context.is_main,
+                wandb=OmegaConf.to_container(c.log.wandb),
+                tensorboard=c.log.tensorboard,
+                resume_step=self.step if resumed else -1,
+            )
+        except OSError as error:
+            raise UserError(f"output={self.folder} cannot be written ({error.strerror}); make room, or choose another output") from None
         self.saver = checkpointing.saver(self)
         with contextlib.closing(self.log), self.saver:
             if resumed:
@@ -354,5 +357,6 @@ class Run:
 def train(config: DictConfig) -> None:
     """Train as the config says, on all ranks that the launcher started."""
     context = distributed.init(config.distributed.device, config.distributed.timeout_s)
-    Run(config, context).run()
+    with lock.one_run(Path(config.output), config.distributed.timeout_s):
+        Run(config, context).run()
     distributed.shutdown()  # not after an error: leaving the group can hang, and the message must come out

@@ -100,8 +100,7 @@ def in_a_line(rank, step, own):
 
     def write(self, record):
         if record.get("step") == step:
-            self._file.write(json.dumps(record)[:40])
-            self._file.flush()
+            self._file.write(json.dumps(record)[:40].encode())
             kill_self()
         inner(self, record)
 
