@@ -7,7 +7,7 @@ another number of ranks.
 2 ranks of one thread: a million identities of 512 numbers with SGD's momentum (4.1 GB of state), and steps of the whole head
 (64 images, CosFace, `blocked`, fp32) in place of training. Of each rank: the time of a step; of a synchronous save; what an
 asynchronous save makes the step wait (the copy; the first one also allocates it), how long it takes in all, and the time
-of the steps beside it; how far each raises the process's resident memory. `lost_steps` is all that an asynchronous save costs
+of the steps beside it (`cpu`: of the thread that trains for the wait, of the whole process for steps); how far each raises the process's resident memory. `lost_steps` is all that an asynchronous save costs
 (the wait, and what the steps beside it take longer), in steps; `every_for_5_percent` is the number of steps between
 checkpoints from which on that is less than 5 % of them. Then 3 ranks load it: seconds, bytes of their own rows (weight and
 momentum), and how far loading raises their resident memory above their own rows.
@@ -50,7 +50,7 @@ def saving(options) -> list[dict]:
     modules, optimizers = build(options.identities)
     shard, optimizer, rank, world = modules["prototypes"], optimizers["prototypes"], distributed.rank(), distributed.world_size()
     sizes, margin, generator = [BATCH // world] * world, build_margin("cosface", scale=64.0, m=0.4), torch.Generator().manual_seed(0)
-    folder, done, number = Path(options.folder), {}, 0
+    folder, done, number, waited_cpu = Path(options.folder), {}, 0, []
 
     def step() -> dict:
         nonlocal number
@@ -68,7 +68,9 @@ def saving(options) -> list[dict]:
 
     def save(saver, at) -> list[dict]:
         """The steps beside it, until it is complete on all ranks."""
+        begun = time.thread_time()
         saver.start(at, state.named_state(modules, optimizers), options.identities, {})
+        waited_cpu.append(time.thread_time() - begun)
         beside = []
         while saver._pending:
             beside.append(step())
@@ -87,12 +89,13 @@ def saving(options) -> list[dict]:
             saver = Saver(folder, keep=1, asynchronous=kind != "synchronous", timeout_s=600, written=0, report=report)
         at, beside = len(rows) + 1, []
         peak = peak_bytes(lambda: beside.extend(save(saver, at)))
-        row = {"what": kind, **common, "wait_s": done[at][0], "seconds": done[at][1], "peak_extra_bytes": peak}
+        row = {"what": kind, **common, "wait_s": done[at][0], "wait_cpu_s": waited_cpu[-1], "seconds": done[at][1], "peak_extra_bytes": peak}
         if beside:
             slower = statistics.median(s["wall"] for s in beside)
             lost = (row["wait_s"] + sum(max(0.0, s["wall"] - median) for s in beside)) / median
             row |= {"steps_beside": len(beside), "step_beside_s": slower}
             row |= {"step_beside_cpu_s": statistics.median(s["cpu"] for s in beside), "wait_in_steps": row["wait_s"] / median}
+            row |= {"wait_in_steps_cpu": row["wait_cpu_s"] / common["step_cpu_s"]}
             row |= {"lost_steps": lost, "every_for_5_percent": math.ceil(lost / 0.05)}
         rows.append(row)
     saver.__exit__(None, None, None)

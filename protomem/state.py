@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from protomem import checksums, distributed
 from protomem.errors import UserError
 from protomem.files import replace_file, sync_folder
-from protomem.metadata import Reader, read_info
+from protomem.metadata import Reader, Writer, read_info
 from protomem.row_blocks import RowBlocks
 
 FOLDER = re.compile(r"step-(\d{8,})$")
@@ -100,7 +100,7 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, inf
         planner = RowBlocks({name for name, value in state.items() if _is_rows(name, value)}, rows)
         plain = {name: value.detach() for name, value in state.items()}
         alone = distributed.world_size() == 1
-        writer = dcp.FileSystemWriter(temporary)
+        writer = Writer(temporary)
         dcp.save(plain, storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
 
     sums: dict[str, str] = {}
@@ -133,7 +133,7 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, inf
             try:
                 act()
             except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
-                problem = str(error).strip().splitlines()[-1]
+                problem = (str(error).strip() or type(error).__name__).splitlines()[-1]
         if problems := [p for p in distributed.gather_objects(problem, group) if p]:
             if distributed.rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
