@@ -19,7 +19,7 @@ from protomem.data.records import open_records
 from protomem.errors import UserError
 from protomem.evaluate.extract import evaluate_bins
 from protomem.memory_run import MemoryRun
-from protomem.metrics import RunLog
+from protomem.metrics import RunLog, read_metrics
 from protomem.report import save_evaluation, write_report
 from protomem.schedule import learning_rate
 from protomem.seeds import mix
@@ -112,6 +112,14 @@ class Run:
             save_evaluation(self.folder, tag, results, {name: read_bin(path)[0] for name, path in self.sets.items()})
         return results
 
+    def _killed_before_evaluation(self, resumed: Path) -> bool:
+        """Whether this run's checkpoint is all that there is of this step. Equal on all ranks."""
+        if resumed.parent != (self.folder / "checkpoints").resolve():  # of another run
+            return False
+        events = read_metrics(self.folder) if self.context.is_main else []
+        done = {e["name"] for e in events if e.get("event") == "evaluation" and e["step"] == self.step and e["tag"] != "initial"}
+        return distributed.broadcast_object(not set(self.sets) <= done)
+
     def _improved(self, results: dict) -> bool:
         """Whether checkpoint.best (a pair set; null: the first) has its highest accuracy so far; remembers it."""
         name = self.config.checkpoint.best or next(iter(self.sets))
@@ -142,6 +150,8 @@ class Run:
         with contextlib.closing(self.log), self.saver:
             if resumed:
                 self.log.event("resume", step=self.step, path=str(resumed), world_size=self.context.world_size)
+                if self._killed_before_evaluation(resumed):
+                    self._evaluate_if_due(resumed)
             elif c.evaluate.initial:
                 self.evaluate("initial")
             finished = self._train()
@@ -344,14 +354,20 @@ class Run:
         path = None  # saved first: an evaluation that fails must not cost the training
         if last or (c.checkpoint.every and self.step % c.checkpoint.every == 0):
             path = checkpointing.save(self)
-        if self.sets and (last or (c.evaluate.every and self.step % c.evaluate.every == 0)):
-            results = self.evaluate("final" if last else f"step-{self.step}")
-            if self._improved(results):
-                path = path or checkpointing.save(self)
-                self.saver.wait()
-                if self.context.is_main:
-                    state.mark_best(self.folder / "checkpoints", path, self.best)
+        self._evaluate_if_due(path)
         self.interval["since"] += time.monotonic() - start  # evaluating and saving is not training time
+
+    def _evaluate_if_due(self, path: Path | None) -> None:
+        """path: the checkpoint of this step, None if there is none so far."""
+        c, last = self.config, self.step == self.total
+        if not self.sets or not (last or (c.evaluate.every and self.step % c.evaluate.every == 0)):
+            return
+        results = self.evaluate("final" if last else f"step-{self.step}")
+        if self._improved(results):
+            path = path or checkpointing.save(self)
+            self.saver.wait()
+            if self.context.is_main:
+                state.mark_best(self.folder / "checkpoints", path, self.best)
 
 
 def train(config: DictConfig) -> None:

@@ -13,8 +13,10 @@ import time
 import pytest
 
 from protomem import checksums, lock, metrics, state, trainer
+from protomem.data.pairs import write_bin
 from protomem.errors import UserError
 from protomem.trainer import train
+from tests.conftest import coloured_images
 from tests.ranks import run_ranks
 from tests.test_kill_points import runs, steps_of  # noqa: F401  the fixture
 
@@ -241,3 +243,26 @@ def test_best_is_finished_after_a_kill(tmp_path):
     (tmp_path / "best.json").write_text(json.dumps({"step": 2, "set": "lfw", "accuracy": 0.6}))
     state.tidy(tmp_path)
     assert (tmp_path / "best").resolve().name == "step-00000002"
+
+
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(runs, tmp_path, monkeypatch):  # noqa: F811
+    """Killed between the last checkpoint and its evaluation; a third start finds nothing to do."""
+    write_bin(tmp_path / "pairs.bin", [jpeg for jpeg, _ in coloured_images(8, 5)], [True, False] * 10)
+    settings = runs.settings("unevaluated", True)
+    settings.data.eval, settings.evaluate.initial, settings.schedule.steps = [str(tmp_path / "pairs.bin")], False, 4
+    folder = runs.folder / "unevaluated"
+
+    def evaluations():
+        return [(line["tag"], line["step"]) for line in metrics.read_metrics(folder) if line.get("event") == "evaluation"]
+
+    def killed(self, tag):
+        raise UserError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="killed"):
+        patch.setattr(trainer.Run, "evaluate", killed)
+        train(settings)
+    assert steps_of(folder) == [2, 4] and evaluations() == []
+    for _ in range(2):
+        train(settings)
+        assert evaluations() == [("final", 4)]
+        assert (folder / "checkpoints" / "best").resolve().name == "step-00000004"
