@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from protomem import distributed, state
 from protomem.background import Saver
 from protomem.errors import UserError
+from protomem.files import remove_temporaries
 
 
 def identity(run) -> dict:
@@ -45,6 +46,7 @@ def resume(run) -> Path | None:
 
     def find():
         nonlocal found
+        remove_temporaries(run.folder)
         state.tidy(run.folder / "checkpoints")
         found = state.find(run.folder / "checkpoints", run.config.checkpoint.resume, restarted)
 

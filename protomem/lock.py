@@ -18,26 +18,28 @@ from protomem import distributed
 from protomem.errors import UserError
 
 PATIENCE_S = 20.0  # how long the processes of a job that was killed just now may take to die (our default)
+SHARE = 0.8  # of the time after which a collective ends: the other ranks wait in one
 
 
 @contextlib.contextmanager
 def one_run(folder: Path, timeout_s: float):
     """Hold `folder` (made if need be) while the block runs. Collective; the main rank holds it for all.
 
-    Waits 20 s for another process that holds it; a job that was started again by its launcher waits `timeout_s`, since
-    ranks on a host that was cut off may live for so long. Raises UserError if it is still held, or cannot be written.
-    Where the file system knows no locks there is no protection.
+    Waits 20 s for another process that holds it; a job that was started again by its launcher nearly `timeout_s` (of a
+    collective), since ranks on a host that was cut off may live for so long. Raises UserError if it is still held, or
+    cannot be written. Where the file system knows no locks there is no protection.
     """
     restarted = any(int(os.environ.get(k, 0)) for k in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    patience_s = SHARE * timeout_s if restarted else min(PATIENCE_S, SHARE * timeout_s)
     path, made, file = folder / ".lock", not folder.exists(), None
 
     def hold():
         nonlocal file
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = _hold(path, max(PATIENCE_S, timeout_s) if restarted else PATIENCE_S)
+            file = _hold(path, patience_s)
         except OSError as error:
-            raise UserError(f"output={folder} cannot be written ({error.strerror}); make room, or choose another output") from None
+            raise unwritable(folder, error) from None
 
     distributed.main_first(hold)
     try:
@@ -49,6 +51,10 @@ def one_run(folder: Path, timeout_s: float):
             if made:
                 with contextlib.suppress(OSError):  # nothing was written: nothing is left
                     folder.rmdir()
+
+
+def unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"output={folder} cannot be written ({error.strerror}); make room, or choose another output")
 
 
 def _hold(path: Path, patience_s: float):

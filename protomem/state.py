@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 
 from protomem import checksums, distributed
 from protomem.errors import UserError
-from protomem.files import replace_file, sync_folder
+from protomem.files import remove_temporaries, replace_file, sync_folder
 from protomem.metadata import Reader, Writer, read_info
 from protomem.row_blocks import RowBlocks
 
@@ -164,6 +164,7 @@ def remove_remains(folder: Path) -> None:
 def tidy(folder: Path) -> None:
     """Finish what a kill has interrupted: delete the remains, and point `best` at what `best.json` names. Main rank only."""
     remove_remains(folder)
+    remove_temporaries(Path(folder))
     record = best_so_far(folder)
     path = Path(folder) / f"step-{record['step']:08d}" if record else None
     if path is not None and _complete(path):

@@ -117,8 +117,8 @@ class Run:
         if resumed.parent != (self.folder / "checkpoints").resolve():  # of another run
             return False
         events = read_metrics(self.folder) if self.context.is_main else []
-        done = {e["name"] for e in events if e.get("event") == "evaluation" and e["step"] == self.step and e["tag"] != "initial"}
-        return distributed.broadcast_object(not set(self.sets) <= done)
+        events = [e for e in events if e.get("event") == "evaluation" and e["step"] == self.step and e["tag"] != "initial"]
+        return distributed.broadcast_object(not set(self.sets) <= {e["name"] for e in events})
 
     def _improved(self, results: dict) -> bool:
         """Whether checkpoint.best (a pair set; null: the first) has its highest accuracy so far; remembers it."""
@@ -145,7 +145,7 @@ class Run:
                 resume_step=self.step if resumed else -1,
             )
         except OSError as error:
-            raise UserError(f"output={self.folder} cannot be written ({error.strerror}); make room, or choose another output") from None
+            raise lock.unwritable(self.folder, error) from None
         self.saver = checkpointing.saver(self)
         with contextlib.closing(self.log), self.saver:
             if resumed:

@@ -168,7 +168,7 @@ def test_a_second_run_in_the_same_folder_waits_and_is_refused(tmp_path, monkeypa
         monkeypatch.setattr(lock, "PATIENCE_S", 60)
         signal.signal(signal.SIGALRM, lambda *_: os.kill(first.pid, signal.SIGKILL))
         signal.setitimer(signal.ITIMER_REAL, 0.3)
-        with lock.one_run(folder, 1):
+        with lock.one_run(folder, 600):
             assert not first.is_alive() and str(os.getpid()) in (folder / ".lock").read_text()
         assert capsys.readouterr().out.count("waiting up to 60 s") == 1
     finally:

@@ -1,4 +1,4 @@
-"""Rows are stored in blocks: whatever world size wrote a checkpoint, a rank that loads it reads its own rows and little else."""
+"""Rows are stored in blocks: whatever world size wrote a checkpoint, a rank that loads reads its own rows and little else."""
 
 import pytest
 import torch
