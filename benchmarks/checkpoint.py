@@ -1,16 +1,17 @@
 """What a checkpoint of a large classifier costs: written while training waits, written while it goes on, and loaded at
 another number of ranks.
 
-    python benchmarks/checkpoint.py --out benchmarks/results                            # needs 15 GB of memory, 10 GB of disk
+    python benchmarks/checkpoint.py --out benchmarks/results                            # 15 GB of memory, 10 GB of disk
     python benchmarks/checkpoint.py --out DIR --identities 20000 --steps 3              # a quick look
 
-2 ranks of one thread: a million identities of 512 numbers with SGD's momentum (4.1 GB of state), and steps of the whole head
-(64 images, CosFace, `blocked`, fp32) in place of training. Of each rank: the time of a step; of a synchronous save; what an
-asynchronous save makes the step wait (the copy; the first one also allocates it), how long it takes in all, and the time
-of the steps beside it; how far each raises the process's resident memory. `lost_steps` is all that an asynchronous save costs
-(the wait, and what the steps beside it take longer), in steps; `every_for_5_percent` is the number of steps between
-checkpoints from which on that is less than 5 % of them. Then 3 ranks load it: seconds, bytes of their own rows (weight and
-momentum), and how far loading raises their resident memory above their own rows.
+2 ranks of one thread: a million identities of 512 numbers with SGD's momentum (4.1 GB of state), and steps of the whole
+head (64 images, CosFace, `blocked`, fp32) in place of training. Of each rank: the time of a step; of a synchronous save;
+what an asynchronous save makes the step wait (the copy; the first one also allocates it), how long it takes in all, and
+the time of the steps beside it; how far each raises the process's resident memory. CPU seconds are those of the training
+thread for the wait, of the whole process for steps. `lost_steps` is all that an asynchronous save costs (the wait, and
+what the steps beside it take longer), in steps; `every_for_5_percent` is the number of steps between checkpoints from
+which on that is less than 5 % of them. Then 3 ranks load it: seconds, bytes of their own rows (weight and momentum), and
+how far loading raises their resident memory above their own rows.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ def build(identities: int):
 
 def saving(options) -> list[dict]:
     modules, optimizers = build(options.identities)
-    shard, optimizer, rank, world = modules["prototypes"], optimizers["prototypes"], distributed.rank(), distributed.world_size()
-    sizes, margin, generator = [BATCH // world] * world, build_margin("cosface", scale=64.0, m=0.4), torch.Generator().manual_seed(0)
-    folder, done, number = Path(options.folder), {}, 0
+    shard, optimizer = modules["prototypes"], optimizers["prototypes"]
+    rank, world, generator = distributed.rank(), distributed.world_size(), torch.Generator().manual_seed(0)
+    sizes, margin = [BATCH // world] * world, build_margin("cosface", scale=64.0, m=0.4)
+    folder, done, number, waited_cpu = Path(options.folder), {}, 0, []
 
     def step() -> dict:
         nonlocal number
@@ -68,9 +70,11 @@ def saving(options) -> list[dict]:
 
     def save(saver, at) -> list[dict]:
         """The steps beside it, until it is complete on all ranks."""
+        begun = time.thread_time()
         saver.start(at, state.named_state(modules, optimizers), options.identities, {})
+        waited_cpu.append(time.thread_time() - begun)
         beside = []
-        while saver._pending:
+        while saver.busy:
             beside.append(step())
             saver.poll(torch.device("cpu"))
         return beside
@@ -78,7 +82,7 @@ def saving(options) -> list[dict]:
     step()
     alone = [step() for _ in range(options.steps)]
     median = statistics.median(s["wall"] for s in alone)
-    common = {"rank": rank, "ranks": world, "identities": options.identities, "size": SIZE, "block_mb": row_blocks.BLOCK_BYTES >> 20}
+    common = {"rank": rank, "ranks": world, "identities": options.identities, "size": SIZE, "block_mb": options.block_mb}
     common |= {"own_state_bytes": sum(t.nbytes for t in state.named_state(modules, optimizers).values())}
     common |= {"step_s": median, "step_cpu_s": statistics.median(s["cpu"] for s in alone), "steps": len(alone)}
     rows = []
@@ -87,12 +91,14 @@ def saving(options) -> list[dict]:
             saver = Saver(folder, keep=1, asynchronous=kind != "synchronous", timeout_s=600, written=0, report=report)
         at, beside = len(rows) + 1, []
         peak = peak_bytes(lambda: beside.extend(save(saver, at)))
-        row = {"what": kind, **common, "wait_s": done[at][0], "seconds": done[at][1], "peak_extra_bytes": peak}
+        row = {"what": kind, **common, "wait_s": done[at][0], "wait_cpu_s": waited_cpu[-1], "seconds": done[at][1]}
+        row |= {"peak_extra_bytes": peak}
         if beside:
             slower = statistics.median(s["wall"] for s in beside)
             lost = (row["wait_s"] + sum(max(0.0, s["wall"] - median) for s in beside)) / median
             row |= {"steps_beside": len(beside), "step_beside_s": slower}
             row |= {"step_beside_cpu_s": statistics.median(s["cpu"] for s in beside), "wait_in_steps": row["wait_s"] / median}
+            row |= {"wait_in_steps_cpu": row["wait_cpu_s"] / common["step_cpu_s"]}
             row |= {"lost_steps": lost, "every_for_5_percent": math.ceil(lost / 0.05)}
         rows.append(row)
     saver.__exit__(None, None, None)
@@ -134,7 +140,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for checkpoint.csv")
     parser.add_argument("--identities", type=int, default=1_000_000)
     parser.add_argument("--steps", type=int, default=5, help="timed steps without a checkpoint")
-    parser.add_argument("--block-mb", type=int, default=row_blocks.BLOCK_BYTES >> 20, help="rows are stored in blocks of so many MiB")
+    parser.add_argument("--block-mb", type=int, default=row_blocks.BLOCK_BYTES >> 20, help="of the blocks of rows, in MiB")
     parser.add_argument("--scratch", type=Path, help="where the checkpoints are written; default: the temporary folder")
     parser.add_argument("--what", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -146,8 +152,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         for what, ranks in (("saving", 2), ("loading", 3)):
-            arguments = ["--identities", str(options.identities), "--steps", str(options.steps), "--block-mb", str(options.block_mb)]
-            arguments += ["--what", what, "--folder", f"{scratch}/checkpoints", "--worker-out", scratch]
+            arguments = ["--identities", str(options.identities), "--steps", str(options.steps), "--what", what]
+            arguments += ["--block-mb", str(options.block_mb), "--folder", f"{scratch}/checkpoints", "--worker-out", scratch]
             start_ranks(__file__, ranks, arguments)
             for rank in range(ranks):
                 rows += json.loads(Path(scratch, f"{what}-{rank}.json").read_text())

@@ -59,6 +59,11 @@ class Saver:
             self._complete(step, path, end - begun, end - begun)
         return self.folder / f"step-{step:08d}"
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint was begun that is not known to be complete; equal on all ranks."""
+        return self._pending is not None
+
     def poll(self, device: torch.device) -> None:
         """Between steps: if the checkpoint that is being written is complete on all ranks, report it; raises UserError if
         it failed. While there is one: a collective, and on a GPU a wait."""

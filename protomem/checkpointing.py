@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from protomem import distributed, flight, optim, state
 from protomem.background import Saver
 from protomem.errors import UserError
+from protomem.files import remove_temporaries
 from protomem.redact import without_secrets
 
 
@@ -29,6 +30,7 @@ def identity(run) -> dict:
         "group": [run.sampler.groups, run.sampler.passes] if c.data.sampler.name == "group" else None,
         "look_alikes": c.data.sampler.pick == "look_alike",
         "key_encoder": run.key_encoder is not None,
+        "data": run.records.fingerprint,
     }
 
 
@@ -47,6 +49,8 @@ def resume(run) -> Path | None:
 
     def find():
         nonlocal found
+        remove_temporaries(run.folder)
+        state.tidy(run.folder / "checkpoints")
         found = state.find(run.folder / "checkpoints", run.config.checkpoint.resume, restarted)
 
     distributed.main_first(find)
@@ -55,6 +59,11 @@ def resume(run) -> Path | None:
         return None
     info = state.read_info(path)
     for key, value in identity(run).items():
+        if key == "data" and info["run"].get(key, value) != value:
+            raise UserError(
+                f"{run.records.path} has changed since checkpoint {path} was written, which is a position in the old data; put "
+                "them back, or start anew with another output folder"
+            )
         if info["run"].get(key, value) != value:
             raise UserError(
                 f"checkpoint {path} was made with {key}={info['run'].get(key)}, this run has {value}; restore it, or "

@@ -33,6 +33,12 @@ def replace_file(path: Path, data: bytes) -> None:
     write_atomically(path, lambda file: file.write(data))
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Delete what a kill in `write_atomically` has left in a folder. Nobody else may be writing there."""
+    for path in folder.glob("*.tmp-*"):
+        path.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Bring what a folder lists (names of files, renames) to the disk, where its file system can."""
     with contextlib.suppress(OSError):

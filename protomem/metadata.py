@@ -1,4 +1,5 @@
-"""What describes a checkpoint: `training.json`, and DCP's `.metadata`, which is a pickle and read without running it."""
+"""Reading and writing with DCP: what describes a checkpoint (`training.json`; `.metadata`, which is a pickle and read
+without running it), and the error that a disk gives."""
 
 from __future__ import annotations
 
@@ -152,3 +153,16 @@ class Reader(dcp.FileSystemReader):
             metadata.storage_meta = dcp.metadata.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+class Writer(dcp.FileSystemWriter):
+    """DCP's writer, whose error is the one that the disk gave, not what the zip writer makes of it."""
+
+    def write_data(self, plan, planner):
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            cause = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None

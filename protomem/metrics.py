@@ -29,6 +29,7 @@ class RunLog:
     "online", "project", "name", "entity"}; the API key is wandb's own business (`wandb login` or WANDB_API_KEY).
     tensorboard: event files in `folder/tensorboard`.
 
+    While the JSONL cannot be written (a full disk) its lines wait in memory, the console tells, and nothing is raised.
     An existing folder is appended to. `resume_step` k drops what was logged after step k (a run killed at step k + 30
     logs those steps again), -1 drops everything; None keeps all. A last line that was cut short by a kill is dropped.
     wandb cannot forget: it keeps one run over all resumes and ignores the steps it has already seen.
@@ -48,6 +49,7 @@ class RunLog:
         resume_step: int | None = None,
     ):
         self.is_main, self.total_steps, self.console = is_main, total_steps, console
+        self._unwritten, self._full = b"", False
         self._pending = self._file = self._wandb = self._tensorboard = self._progress = self._start = None
         if not is_main:
             return
@@ -63,7 +65,7 @@ class RunLog:
             self._tensorboard = writer(folder / "tensorboard", purge_step=purge)
         _write_description(folder, config)
         _truncate(folder / "metrics.jsonl", resume_step)
-        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+        self._file = open(folder / "metrics.jsonl", "ab", buffering=0)
         if console and sys.stdout.isatty():
             self._progress = _start_progress(total_steps, max(resume_step or 0, 0))
 
@@ -127,6 +129,7 @@ class RunLog:
         if not self.is_main or self._file is None:
             return
         self._flush()
+        self._append(b"")  # what could not be written so far
         self._file.close()
         self._file = None
         if self._progress:
@@ -137,8 +140,18 @@ class RunLog:
             self._wandb.finish()
 
     def _write(self, record: dict) -> None:
-        self._file.write(json.dumps(_finite(without_secrets(record))) + "\n")
-        self._file.flush()
+        self._append(json.dumps(_finite(without_secrets(record))).encode() + b"\n")
+
+    def _append(self, lines: bytes) -> None:
+        self._unwritten += lines
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._full = False
+        except OSError as error:  # training goes on: whoever makes room before the next checkpoint has lost nothing
+            if not self._full:
+                self._print(f"{self._file.name} cannot be written ({error.strerror}): its lines wait in memory; make room")
+            self._full = True
 
     def _print(self, line: str) -> None:
         line = printable(hide(line))

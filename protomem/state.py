@@ -24,8 +24,8 @@ import torch.distributed.checkpoint as dcp
 
 from protomem import checksums, distributed
 from protomem.errors import UserError
-from protomem.files import read_json, replace_file, sync_folder
-from protomem.metadata import Reader, read_info
+from protomem.files import read_json, remove_temporaries, replace_file, sync_folder
+from protomem.metadata import Reader, Writer, read_info
 from protomem.row_blocks import RowBlocks
 
 FOLDER = re.compile(r"step-(\d{8,})$")
@@ -101,7 +101,7 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, inf
         planner = RowBlocks({name for name, value in state.items() if _is_rows(name, value)}, rows)
         plain = {name: value.detach() for name, value in state.items()}
         alone = distributed.world_size() == 1
-        writer = dcp.FileSystemWriter(temporary)
+        writer = Writer(temporary)
         dcp.save(plain, storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
 
     sums: dict[str, str] = {}
@@ -134,7 +134,7 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, inf
             try:
                 act()
             except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
-                problem = str(error).strip().splitlines()[-1]
+                problem = (str(error).strip() or type(error).__name__).splitlines()[-1]
         if problems := [p for p in distributed.gather_objects(problem, group) if p]:
             if distributed.rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -160,6 +160,16 @@ def remove_remains(folder: Path) -> None:
     """Delete what an interrupted save or removal has left behind. Main rank only."""
     for stale in (*Path(folder).glob(".writing-*"), *Path(folder).glob(".removed-*")):
         shutil.rmtree(stale)
+
+
+def tidy(folder: Path) -> None:
+    """Finish what a kill has interrupted: delete the remains, and point `best` at what `best.json` names. Main rank only."""
+    remove_remains(folder)
+    remove_temporaries(Path(folder))
+    record = best_so_far(folder)
+    path = Path(folder) / f"step-{record['step']:08d}" if record else None
+    if path is not None and _complete(path):
+        _link(Path(folder) / "best", path)
 
 
 def mark_best(folder: Path, path: Path, record: dict) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from protomem import build, checkpointing, checks, composition, distributed, flight, optim, replicas, state, straggler
+from protomem import build, checkpointing, checks, composition, distributed, flight, lock, optim, replicas, state, straggler
 from protomem.data.augment import AugmentOptions
 from protomem.data.inspect import known_bad
 from protomem.data.pairs import read_bin
@@ -22,7 +22,7 @@ from protomem.errors import UserError
 from protomem.evaluate.extract import evaluate_bins
 from protomem.files import replace_file
 from protomem.memory_run import MemoryRun
-from protomem.metrics import RunLog
+from protomem.metrics import RunLog, read_metrics
 from protomem.report import save_evaluation, write_report
 from protomem.schedule import learning_rate
 from protomem.seeds import mix
@@ -119,6 +119,14 @@ class Run:
             save_evaluation(self.folder, tag, results, {name: read_bin(path)[0] for name, path in self.sets.items()})
         return results
 
+    def _killed_before_evaluation(self, resumed: Path) -> bool:
+        """Whether this run's checkpoint is all that there is of this step. Equal on all ranks."""
+        if resumed.parent != (self.folder / "checkpoints").resolve():  # of another run
+            return False
+        events = read_metrics(self.folder) if self.context.is_main else []
+        events = [e for e in events if e.get("event") == "evaluation" and e["step"] == self.step and e["tag"] != "initial"]
+        return distributed.broadcast_object(not set(self.sets) <= {e["name"] for e in events})
+
     def _improved(self, results: dict) -> bool:
         """Whether checkpoint.best (a pair set; null: the first) has its highest accuracy so far; remembers it."""
         name = self.config.checkpoint.best or next(iter(self.sets))
@@ -134,19 +142,24 @@ class Run:
         """Train up to the end, or until `stop` was asked for; whether it was the end."""
         resumed = checkpointing.resume(self)
         c = self.config
-        self.log = RunLog(
-            self.folder,
-            total_steps=self.total,
-            config=OmegaConf.to_container(c),
-            is_main=self.context.is_main,
-            wandb=OmegaConf.to_container(c.log.wandb),
-            tensorboard=c.log.tensorboard,
-            resume_step=self.step if resumed else -1,
-        )
+        try:
+            self.log = RunLog(
+                self.folder,
+                total_steps=self.total,
+                config=OmegaConf.to_container(c),
+                is_main=self.context.is_main,
+                wandb=OmegaConf.to_container(c.log.wandb),
+                tensorboard=c.log.tensorboard,
+                resume_step=self.step if resumed else -1,
+            )
+        except OSError as error:
+            raise lock.unwritable(self.folder, error) from None
         self.saver = checkpointing.saver(self)
         with contextlib.closing(self.log), self.saver:
             if resumed:
                 self.log.event("resume", step=self.step, path=str(resumed), world_size=self.context.world_size)
+                if self._killed_before_evaluation(resumed):
+                    self._evaluate_if_due(resumed)
             elif c.evaluate.initial:
                 self.evaluate("initial")
             marker = self.folder / "stopped"
@@ -389,15 +402,21 @@ class Run:
         path = None  # saved first: an evaluation that fails must not cost the training
         if last or (c.checkpoint.every and self.step % c.checkpoint.every == 0):
             path = checkpointing.save(self)
-        if self.sets and (last or (c.evaluate.every and self.step % c.evaluate.every == 0)):
-            results = self.evaluate("final" if last else f"step-{self.step}")
-            if self._improved(results):
-                path = path or checkpointing.save(self)
-                self.saver.wait()
-                if self.context.is_main:
-                    state.mark_best(self.folder / "checkpoints", path, self.best)
+        self._evaluate_if_due(path)
         flight.at_step(self.step + 1)
         self.interval["since"] += time.monotonic() - start  # evaluating and saving is not training time
+
+    def _evaluate_if_due(self, path: Path | None) -> None:
+        """path: the checkpoint of this step, None if there is none so far."""
+        c, last = self.config, self.step == self.total
+        if not self.sets or not (last or (c.evaluate.every and self.step % c.evaluate.every == 0)):
+            return
+        results = self.evaluate("final" if last else f"step-{self.step}")
+        if self._improved(results):
+            path = path or checkpointing.save(self)
+            self.saver.wait()
+            if self.context.is_main:
+                state.mark_best(self.folder / "checkpoints", path, self.best)
 
 
 def train(config: DictConfig, stop: StopRequest | None = None) -> bool:
@@ -405,11 +424,12 @@ def train(config: DictConfig, stop: StopRequest | None = None) -> bool:
 
     stop: the caller's, if it listens for signals already.
     """
-    flight.nccl_records(Path(config.output))
+    folder, timeout_s = Path(config.output), config.distributed.timeout_s
+    flight.nccl_records(folder)
     with contextlib.ExitStack() as listening:
         stop = stop or listening.enter_context(StopRequest())
-        context = distributed.init(config.distributed.device, config.distributed.timeout_s)
-        with watched(config.output, config.distributed.timeout_s, context.device):
+        context = distributed.init(config.distributed.device, timeout_s)
+        with watched(config.output, timeout_s, context.device), lock.one_run(folder, timeout_s):
             replicas.check_config(config)
             run = Run(config, context)
             finished = run.run(stop)

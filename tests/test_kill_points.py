@@ -100,8 +100,7 @@ def in_a_line(rank, step, own):
 
     def write(self, record):
         if record.get("step") == step:
-            self._file.write(json.dumps(record)[:40])
-            self._file.flush()
+            self._file.write(json.dumps(record)[:40].encode())
             kill_self()
         inner(self, record)
 
@@ -152,8 +151,8 @@ class Runs:
             for jpeg, label in coloured_images(8, 4):
                 writer.add(jpeg, label)
         lines = (
-            f"output={folder / 'x'} data.train={folder / 'set'} data.size=32 data.threads=1 data.loader=torch encoder.name=small "
-            "encoder.embedding_size=8 optimizer.lr=0.01 train.batch_size=8 schedule.epochs=0 schedule.steps=8 "
+            f"output={folder / 'x'} data.train={folder / 'set'} data.size=32 data.threads=1 data.loader=torch "
+            "encoder.name=small encoder.embedding_size=8 optimizer.lr=0.01 train.batch_size=8 schedule.epochs=0 schedule.steps=8 "
             "schedule.decay=constant checkpoint.every=2 checkpoint.keep=2 log.every=1"
         )
         self.loaded = config.load([], lines.split())
@@ -234,6 +233,7 @@ def test_no_checkpoint_is_lost_and_no_curve_diverges(runs, point):
     assert runs.result(name) == (losses, sums)
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["last", "step-00000006", "step-00000008"]
     assert (folder / "checkpoints" / "last").resolve().name == "step-00000008"
+    assert not list(folder.glob("*.tmp-*"))
     shutil.rmtree(folder)
 
 

@@ -46,6 +46,9 @@ class MemoryRecords:
     def bytes(self, i):
         return self.encoded[i]
 
+    def changed(self):
+        return ""
+
     def where(self, i):
         return f"memory[{i}]"
 

@@ -84,6 +84,10 @@ class FolderRecords:
         """Why position i is in `damaged`: it is not."""
         return ""
 
+    def changed(self) -> str:
+        """A data file that was changed since the set was opened: not known of single images, so ""."""
+        return ""
+
     @property
     def damaged(self) -> np.ndarray:
         """int64 positions known to be unusable without looking at the images: none."""

@@ -38,6 +38,11 @@ def file_stamp(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def first_changed(stamps: dict[Path, str]) -> str:
+    """The first file that no longer has the stamp it had; "" if there is none."""
+    return next((str(path) for path, stamp in stamps.items() if file_stamp([path]) != stamp), "")
+
+
 def side_paths(stem: Path, suffix: str) -> tuple[Path, Path]:
     """Where a file that protomem derives from the data may lie: beside the data, and in the user's cache folder."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "protomem"

@@ -72,6 +72,10 @@ class PatternRecords:
     def label(self, i: int) -> int:
         return self._locate(i)[0]
 
+    def changed(self) -> str:
+        """A data file that was changed since the set was opened: there are none."""
+        return ""
+
     def where(self, i: int) -> str:
         """The place of position i, for messages."""
         return f"picture {i} of {self.path}"

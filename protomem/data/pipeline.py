@@ -210,6 +210,11 @@ class Loader:
             yield (position + offset) % count
 
     def _corrupt(self, position: int, reason: str) -> None:
+        if changed := self._records.changed():
+            raise UserError(
+                f"{changed} was changed while it was in use (record {position}: {reason}); put back what was there, and start "
+                "again: the run goes on from its last checkpoint"
+            )
         if not self._skip:
             raise UserError(
                 f"record {position} ({self._records.where(position)}) is corrupt: {reason}; `protomem data verify "

@@ -15,7 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from protomem.data import rec_index
-from protomem.data.index_cache import MAX_CLASSES, content_fingerprint, file_stamp, load_column, load_index, save_index
+from protomem.data.index_cache import (
+    MAX_CLASSES,
+    content_fingerprint,
+    file_stamp,
+    first_changed,
+    load_column,
+    load_index,
+    save_index,
+)
 from protomem.data.rec_index import EXACT, IR_HEADER, MAGIC, MAGIC_BYTES, RecIndex, RecordError
 from protomem.errors import UserError
 from protomem.files import read_array
@@ -80,6 +88,11 @@ class RecordIO:
         self._status = arrays["status"]
         self._size = self.rec.stat().st_size
         self._file = open(self.rec, "rb", buffering=0)
+        self._stamps = {self.rec: file_stamp([self.rec])}
+
+    def changed(self) -> str:
+        """The data file if it was changed or replaced since it was opened, else ""."""
+        return first_changed(self._stamps)
 
     def _check(self) -> None:
         bad = self.damaged

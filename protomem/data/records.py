@@ -20,7 +20,7 @@ def open_records(path: str | os.PathLike, strict: bool = True):
 
     Every reader has len(), label(i) -> int, bytes(i) -> encoded image as stored (perhaps corrupt or empty), labels
     (int64 [N]), num_classes, path, fingerprint (changes when the data change, not when they are copied), where(i) ->
-    text for messages, column(name) -> float32 [N], damaged (int64 positions known to be unusable without looking at the
+    text for messages, changed() -> the first data file that is no longer what was opened, or "", column(name) -> float32 [N], damaged (int64 positions known to be unusable without looking at the
     images), and may be pickled and used in forked and spawned workers.
     strict=False opens a set with damaged records or unusable labels too (`.damaged` tells which).
     Raises UserError if there is nothing to open.

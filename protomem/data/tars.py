@@ -16,6 +16,7 @@ from protomem.data.index_cache import (
     MAX_CLASSES,
     content_fingerprint,
     file_stamp,
+    first_changed,
     load_column,
     load_index,
     progress_bar,
@@ -84,6 +85,11 @@ class TarRecords:
         self._shard, self._offset, self._size = arrays["shard"], arrays["offset"], arrays["size"]
         self._files: OrderedDict[int, object] = OrderedDict()
         self._lock = threading.Lock()
+        self._stamps = {path: file_stamp([path]) for path in self.shards}
+
+    def changed(self) -> str:
+        """The first shard that was changed or replaced since the set was opened, else ""."""
+        return first_changed(self._stamps)
 
     def __len__(self) -> int:
         return len(self.labels)
