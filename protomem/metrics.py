@@ -15,7 +15,7 @@ import torch
 from protomem.environment import environment
 from protomem.errors import UserError
 from protomem.files import parse_json, replace_file
-from protomem.redact import hide, printable, without_secrets
+from protomem.redact import hide, hide_argument, printable, without_secrets
 
 
 class RunLog:
@@ -307,6 +307,9 @@ def _start_wandb(folder: Path, config: dict, mode: str, project=None, name=None,
         ) from None
     id_file = folder / "wandb_id"
     run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
+    # wandb stores the command line; where that holds a secret, it gets no description of the run but the config.
+    secret = any(hide_argument(argument) != argument for argument in sys.argv)
+    more = {"x_disable_meta": True} if secret else {}
     try:
         run = wandb.init(
             mode=mode,
@@ -317,7 +320,7 @@ def _start_wandb(folder: Path, config: dict, mode: str, project=None, name=None,
             resume="allow",
             dir=folder,
             config=config,
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(console="off", silent=True, **more),
         )
     except wandb.errors.Error as error:
         reason = " ".join(str(error).split())

@@ -11,7 +11,7 @@ from typing import Any
 
 HIDDEN = "(hidden)"
 SECRET = re.compile(
-    r"(^|[_.-])((api|access|secret|private|auth)_?key|[a-z]*password|passwd|passphrase|pwd|secret|token|credentials?"
+    r"(^|[_.-])((api|access|secret|private|auth)[_-]?key|[a-z]*password|passwd|passphrase|pwd|secret|token|credentials?"
     r"|connection_?string)$|[a-z0-9]_key$",
     re.IGNORECASE,
 )
