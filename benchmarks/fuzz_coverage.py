@@ -43,7 +43,13 @@ def main() -> None:
         if kind not in ("accepted", "refused"):
             raise AssertionError(f"{kind}: {text}")
 
-    options = [f"-max_total_time={arguments.seconds}", "-rss_limit_mb=3000", "-timeout=60", "-max_len=20000", "-print_final_stats=1"]
+    options = [
+        f"-max_total_time={arguments.seconds}",
+        "-rss_limit_mb=3000",
+        "-timeout=60",
+        "-max_len=20000",
+        "-print_final_stats=1",
+    ]
     atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={place}/", str(place / "inputs")], one)
     atheris.Fuzz()
 

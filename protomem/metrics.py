@@ -177,8 +177,8 @@ def _is_record(record) -> bool:
     if "event" not in record:
         return "step" in record and all(_is_value(v) for v in rest.values())
     if event == "evaluation":
-        texts, flags = {"name", "tag"}, {"rendered"}
-        return all(isinstance(v, str) if k in texts else isinstance(v, bool) if k in flags else _is_value(v) for k, v in rest.items())
+        kinds = {"name": str, "tag": str, "rendered": bool}
+        return all(isinstance(v, kinds[k]) if k in kinds else _is_value(v) for k, v in rest.items())
     return event != "templates"
 
 

@@ -18,7 +18,9 @@ SECRET = re.compile(
 _NO_SECRETS = ("PWD", "OLDPWD", "GPG_KEY")  # folders, and the public key of Python's container images
 _SHORTEST = 8  # a shorter value occurs in texts that have nothing to do with it
 _USER_OF_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
-_FIELD_OF_URL = re.compile(r"(?<=[?&])([\w.-]*(?:key|token|secret|password|signature|credential|sig|auth)=)[^&\s#'\"]+", re.IGNORECASE)
+_FIELD_OF_URL = re.compile(
+    r"(?<=[?&])([\w.-]*(?:key|token|secret|password|signature|credential|sig|auth)=)[^&\s#'\"]+", re.IGNORECASE
+)
 
 
 def names_secret(name: str) -> bool:

@@ -8,6 +8,7 @@ passes if it returns, or raises UserError of one line that names something of th
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import mmap
 import os
 import random
@@ -215,6 +216,7 @@ def _lay(folder: Path, files: Files) -> None:
 
 def _child(target: Target, inputs: Iterator[tuple[int, Files]], cell, pipe: int) -> None:
     """Tries input after input; tells through the pipe what came out, and through `cell` which one it is at."""
+    faulthandler.disable()  # what a dying child would print is told by its exit code
     root = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
     folder = root / "input"
     folder.mkdir()

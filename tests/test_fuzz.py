@@ -49,8 +49,12 @@ def _pairs() -> dict[str, dict]:
     text = b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"q\0"
     flags = b"](" + b"\x88" * 10_000 + b"e"
     return {
-        "fine: 20,000 arrays over the same data": _pickle(b"(" + megabyte + b"0" + ARRAY + b"000](" + SHARED * 20_000 + b"e" + flags + b"t."),
-        "20,000 arrays over copies of the same text": _pickle(b"(" + text + b"0" + ARRAY + b"000](" + SHARED * 20_000 + b"e" + flags + b"t."),
+        "fine: 20,000 arrays over the same data": _pickle(
+            b"(" + megabyte + b"0" + ARRAY + b"000](" + SHARED * 20_000 + b"e" + flags + b"t."
+        ),
+        "20,000 arrays over copies of the same text": _pickle(
+            b"(" + text + b"0" + ARRAY + b"000](" + SHARED * 20_000 + b"e" + flags + b"t."
+        ),
         "a nested tuple as a dtype": _pickle(b"(" + NEST + b"cnumpy\ndtype\n(h\1K\0tRt."),
         "a nested tuple as a name": _pickle(b"(" + NEST + b"h\1U\1a\x93t."),
         "a nested tuple as an encoding": _pickle(b"(" + NEST + b"c_codecs\nencode\n(X\1\0\0\0ah\1tRt."),
@@ -96,7 +100,9 @@ def _images() -> dict[str, dict]:
     jpeg = jpegs()[1]
     frame = jpeg.index(b"\xff\xc0") + 5
     return {
-        "a JPEG of 60 million pixels in a kilobyte": {"image": jpeg[:frame] + struct.pack(">HH", 7700, 7800) + jpeg[frame + 4 :]},
+        "a JPEG of 60 million pixels in a kilobyte": {
+            "image": jpeg[:frame] + struct.pack(">HH", 7700, 7800) + jpeg[frame + 4 :]
+        },
         "a PNG of 60 million pixels": png(7700, 7800, zlib.compress(bytes(100))),
         "a PNG of four thousand million": png(65000, 65000, zlib.compress(bytes(100))),
         "text": {"image": b"<html>"},
@@ -154,13 +160,19 @@ def _runs() -> dict[str, dict]:
     log = good["metrics.jsonl"]
     return {
         "an evaluation that is none": good | {"evaluations/final.lfw.npz": b"PK"},
-        "fine: a tag that is no number": {k.replace("step-2", "step-²"): v.replace(b"step-2", "step-²".encode()) for k, v in good.items()},
-        "fine: markup in names": {
-            k.replace("lfw", "<script>a"): v.replace(b"lfw", b"<script>a") if k.endswith("jsonl") else v for k, v in good.items()
+        "fine: a tag that is no number": {
+            k.replace("step-2", "step-²"): v.replace(b"step-2", "step-²".encode()) for k, v in good.items()
         },
-        "fine: lines of anything": good | {"metrics.jsonl": log + b'[]\n{"event": [], "step": 1}\n{"step": "x"}\n' + b"[" * 10**5},
-        "fine: environment of anything": good | {"environment.json": b'{"gpus": {"a": 1}, "cpu": ["<script>"]}', "config.yaml": b"\xff"},
-        "fine: numbers that are none": good | {"metrics.jsonl": log + b'{"step": 3, "loss": "<script>"}\n{"event": "templates"}\n'},
+        "fine: markup in names": {
+            k.replace("lfw", "<script>a"): v.replace(b"lfw", b"<script>a") if k.endswith("jsonl") else v
+            for k, v in good.items()
+        },
+        "fine: lines of anything": good
+        | {"metrics.jsonl": log + b'[]\n{"event": [], "step": 1}\n{"step": "x"}\n' + b"[" * 10**5},
+        "fine: environment of anything": good
+        | {"environment.json": b'{"gpus": {"a": 1}, "cpu": ["<script>"]}', "config.yaml": b"\xff"},
+        "fine: numbers that are none": good
+        | {"metrics.jsonl": log + b'{"step": 3, "loss": "<script>"}\n{"event": "templates"}\n'},
     }
 
 
@@ -305,4 +317,3 @@ def test_pipes_in_the_place_of_files_do_not_block(tmp_path):
     os.mkfifo(tmp_path / "train.rec")
     with pytest.raises(UserError, match="is no file"):
         open_records(tmp_path)
-

