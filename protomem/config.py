@@ -181,7 +181,7 @@ def of_checkpoint(stored: Any, checkpoint: Path) -> DictConfig:
         given = OmegaConf.create(stored if isinstance(stored, dict) else {})
         if not isinstance(stored, dict) or any("${" in text for text in _texts(stored)):
             raise ValueError("it is not as it was written")
-        merged = OmegaConf.merge(OmegaConf.structured(Config), given)
+        merged = OmegaConf.merge(_defaults(), given)
         check_sizes(merged)
     except (OmegaConfBaseException, ValueError, TypeError, RecursionError, UserError) as error:
         reason = f"the config in training.json cannot be used ({(str(error).splitlines() or ['?'])[0]})"

@@ -239,6 +239,8 @@ def _child(target: Target, inputs: Iterator[tuple[int, Files]], cell, pipe: int)
         _lay(folder, files)
         _watch["roots"] = roots
         begin = time.process_time()
+        # What is stuck in C sees no signal handler: the kernel ends it a little later.
+        resource.setrlimit(resource.RLIMIT_CPU, (int(begin) + 2 * SECONDS + 1, resource.RLIM_INFINITY))
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             kind, text = judge(target, folder)

@@ -189,8 +189,22 @@ def _configs() -> dict[str, dict]:
         "another resolver": {"a.yaml": b"log: {wandb: {name: \"${oc.decode:'${oc.env:HOME}'}\"}}\n"},
         "a key given twice": {"a.yaml": b"output: a\noutput: b\n"},
         "no UTF-8": {"a.yaml": b"output: \xff\xfe\n"},
+        "5,000 digits": {"a.yaml": b"data: {size: %s}\n" % (b"9" * 5000)},
         "10**30 rows": {"a.yaml": b"train: {batch_size: %d}\n" % 10**30},
         "two megabytes": {"a.yaml": b"#" * (2 << 20)},
+    }
+
+
+def _overrides() -> dict[str, dict]:
+    def lines(text: str) -> dict:
+        return {"lines": f"output=a\n{text}".encode()}
+
+    return {
+        "10**20 identities": lines(f"data.train=patterns:identities={10**20},images=4"),
+        "10**17 identities": lines(f"data.train=patterns:identities={10**17},images=4"),
+        "5,000 digits": lines(f"data.train=patterns:identities={'9' * 5000},images=4"),
+        "no value": lines("data.train"),
+        "no key": lines("=d"),
     }
 
 
@@ -204,6 +218,7 @@ CASES = {
     "checkpoint": _checkpoint,
     "report": _runs,
     "config": _configs,
+    "overrides": _overrides,
 }
 
 
