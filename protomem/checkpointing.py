@@ -79,7 +79,8 @@ def resume(run) -> Path | None:
         if run.scaler and info.get("scaler"):
             run.scaler.load_state_dict(info["scaler"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"checkpoint {path}: training.json lacks what this run needs ({error}); take another checkpoint") from error
+        reason = f"training.json lacks what this run needs ({error})"
+        raise UserError(f"checkpoint {path}: {reason}; take another checkpoint") from error
     return Path(path)
 
 

@@ -26,6 +26,10 @@ from protomem.schema import Config
 MAX_FILE = 1 << 20  # bytes of a config file (our default)
 MAX_REFERENCES = 16  # ${...} in all of a config (our default): each may repeat another one several times
 RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:\s*([^}]*)")
+NO_SECRETS = (
+    "protomem takes no secrets, since a run's config is stored and shown; wandb finds its key itself (`wandb login`, or "
+    "WANDB_API_KEY in the environment)"
+)
 RUN_KEYS = ("data.train", "output")  # what a run needs and its plan does not
 
 
@@ -52,10 +56,7 @@ def _check_known(given: DictConfig, source: str) -> None:
         if key in known:
             continue
         if names_secret(key):
-            raise UserError(
-                f"{source}: protomem has no key {key} and takes no secrets, since configs are stored and shown; wandb finds its key "
-                "itself: `wandb login`, or WANDB_API_KEY in the environment"
-            )
+            raise UserError(f"{source}: there is no key {key}: {NO_SECRETS}")
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         near = near or [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
         hint = f"; did you mean {near[0]}?" if near else "; configs/default.yaml lists all keys"
@@ -173,10 +174,7 @@ def _check_references(config: DictConfig) -> None:
             if resolver != "oc.env" or not re.fullmatch(r"[A-Za-z_]\w*", name):
                 raise UserError(f"config: {text}: only ${{key}} and ${{oc.env:NAME}} are read; write the value out")
             if names_secret(name):
-                raise UserError(
-                    f"config: {text}: {name} looks like a secret, and a run's config is stored and shown; protomem needs none "
-                    "(wandb finds its key itself: `wandb login`, or WANDB_API_KEY in the environment)"
-                )
+                raise UserError(f"config: {text}: {name} looks like a secret: {NO_SECRETS}")
 
 
 def of_checkpoint(stored: Any, checkpoint: Path) -> DictConfig:
@@ -185,11 +183,11 @@ def of_checkpoint(stored: Any, checkpoint: Path) -> DictConfig:
         given = OmegaConf.create(stored if isinstance(stored, dict) else {})
         if not isinstance(stored, dict) or any("${" in text for text in _texts(stored)):
             raise ValueError("it is not as it was written")
-        merged = OmegaConf.merge(OmegaConf.structured(Config), given)
+        merged = OmegaConf.merge(_defaults(), given)
         check_sizes(merged)
     except (OmegaConfBaseException, ValueError, TypeError, RecursionError, UserError) as error:
-        reason = (str(error).splitlines() or ["?"])[0]
-        raise UserError(f"checkpoint {checkpoint}: the config in training.json cannot be used ({reason}); take another one") from None
+        reason = f"the config in training.json cannot be used ({(str(error).splitlines() or ['?'])[0]})"
+        raise UserError(f"checkpoint {checkpoint}: {reason}; take another one") from None
     return merged
 
 
@@ -214,10 +212,7 @@ def load(files: list[str], overrides: list[str] = (), optional: tuple[str, ...] 
         if not sep or not key:
             raise UserError(f"{text!r} is neither a config file nor key=value")
         if names_secret(key):
-            raise UserError(
-                f"{key}: protomem takes no secrets, since a run's command and config are stored; wandb finds its key itself: "
-                "`wandb login`, or WANDB_API_KEY in the environment"
-            )
+            raise UserError(f"there is no key {key}: {NO_SECRETS}")
         try:
             given = OmegaConf.from_dotlist([text])
         except Exception as e:  # YAML's own errors span many lines

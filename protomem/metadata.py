@@ -17,7 +17,15 @@ from torch.distributed.checkpoint import metadata as kinds
 from protomem.errors import UserError
 from protomem.files import read_json
 
-INFO = {"step": int, "world_size": int, "run": dict, "config": dict, "sampler": dict, "scaler": (dict, type(None)), "checksums": dict}
+INFO = {
+    "step": int,
+    "world_size": int,
+    "run": dict,
+    "config": dict,
+    "sampler": dict,
+    "scaler": (dict, type(None)),
+    "checksums": dict,
+}
 
 
 def read_info(path: Path) -> dict:
@@ -115,7 +123,9 @@ def _check(metadata, folder: Path) -> None:
         if not isinstance(entry.chunks, list):
             raise ValueError(f"{name} has no chunks")
         for chunk in entry.chunks:
-            if not isinstance(chunk, kinds.ChunkStorageMetadata) or not (len(chunk.offsets) == len(chunk.sizes) == len(entry.size)):
+            if not isinstance(chunk, kinds.ChunkStorageMetadata) or not (
+                len(chunk.offsets) == len(chunk.sizes) == len(entry.size)
+            ):
                 raise ValueError(f"{name} has broken chunks")
             if any(not 0 <= o <= o + n <= size for o, n, size in zip(chunk.offsets, chunk.sizes, entry.size)):
                 raise ValueError(f"{name} has chunks outside of it")

@@ -15,7 +15,7 @@ import torch
 from protomem.environment import environment
 from protomem.errors import UserError
 from protomem.files import parse_json, replace_file
-from protomem.redact import hide, printable, without_secrets
+from protomem.redact import hide, hide_argument, printable, without_secrets
 
 
 class RunLog:
@@ -190,8 +190,8 @@ def _is_record(record) -> bool:
     if "event" not in record:
         return "step" in record and all(_is_value(v) for v in rest.values())
     if event == "evaluation":
-        texts, flags = {"name", "tag"}, {"rendered"}
-        return all(isinstance(v, str) if k in texts else isinstance(v, bool) if k in flags else _is_value(v) for k, v in rest.items())
+        kinds = {"name": str, "tag": str, "rendered": bool}
+        return all(isinstance(v, kinds[k]) if k in kinds else _is_value(v) for k, v in rest.items())
     return event != "templates"
 
 
@@ -320,6 +320,9 @@ def _start_wandb(folder: Path, config: dict, mode: str, project=None, name=None,
         ) from None
     id_file = folder / "wandb_id"
     run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
+    # wandb stores the command line; where that holds a secret, it gets no description of the run but the config.
+    secret = any(hide_argument(argument) != argument for argument in sys.argv)
+    more = {"x_disable_meta": True} if secret else {}
     try:
         run = wandb.init(
             mode=mode,
@@ -330,7 +333,7 @@ def _start_wandb(folder: Path, config: dict, mode: str, project=None, name=None,
             resume="allow",
             dir=folder,
             config=config,
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(console="off", silent=True, **more),
         )
     except wandb.errors.Error as error:
         reason = " ".join(str(error).split())

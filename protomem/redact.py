@@ -11,14 +11,16 @@ from typing import Any
 
 HIDDEN = "(hidden)"
 SECRET = re.compile(
-    r"(^|[_.-])((api|access|secret|private|auth)_?key|[a-z]*password|passwd|passphrase|pwd|secret|token|credentials?"
+    r"(^|[_.-])((api|access|secret|private|auth)[_-]?key|[a-z]*password|passwd|passphrase|pwd|secret|token|credentials?"
     r"|connection_?string)$|[a-z0-9]_key$",
     re.IGNORECASE,
 )
 _NO_SECRETS = ("PWD", "OLDPWD", "GPG_KEY")  # folders, and the public key of Python's container images
 _SHORTEST = 8  # a shorter value occurs in texts that have nothing to do with it
 _USER_OF_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
-_FIELD_OF_URL = re.compile(r"(?<=[?&])([\w.-]*(?:key|token|secret|password|signature|credential|sig|auth)=)[^&\s#'\"]+", re.IGNORECASE)
+_FIELD_OF_URL = re.compile(
+    r"(?<=[?&])([\w.-]*(?:key|token|secret|password|signature|credential|sig|auth)=)[^&\s#'\"]+", re.IGNORECASE
+)
 
 
 def names_secret(name: str) -> bool:

@@ -257,13 +257,26 @@ def pairs_seeds() -> list[Files]:
     encoded, same = [jpegs()[0][:60], b"x", jpegs()[1][:60], b"y"], [True, False]
     arrays = [np.frombuffer(e, np.uint8) for e in encoded], np.array(same)
     forms = [pickle.dumps((encoded, same), p) for p in (0, 2, 3, 4, 5)] + [pickle.dumps(arrays, p) for p in (0, 2, 4)]
-    forms += [b"(]q\x01(U\x04abcdq\x02h\x02h\x02h\x02e](I01\nI00\net.", pickle.dumps([encoded, [np.bool_(True), np.bool_(0)]], 2)]
+    forms += [
+        b"(]q\x01(U\x04abcdq\x02h\x02h\x02h\x02e](I01\nI00\net.",
+        pickle.dumps([encoded, [np.bool_(True), np.bool_(0)]], 2),
+    ]
     return [{"a.bin": form} for form in forms]
 
 
 PICKLE_WORDS = (b"cos\nsystem\n", b"\x8c\x05posix\x8c\x06system\x93", b"R", b"b", b"0", b"2", b"(", b"t", b"e", b"a", b"h\x00")
 PICKLE_WORDS += (b"\x94", b"h\x01h\x01\x86\x94" * 40, b"r\xff\xff\xff\xff", b"\x96" + b"\xff" * 8, b"\x8e\0\0\0\0\x10\0\0\0")
-PICKLE_WORDS += (b"(" * 5000, b"]" * 3000, b"\x85" * 3000, b"cnumpy.core.multiarray\nscalar\n", b"c_codecs\nencode\n", b"Q", b"}", b"u", b"s")
+PICKLE_WORDS += (
+    b"(" * 5000,
+    b"]" * 3000,
+    b"\x85" * 3000,
+    b"cnumpy.core.multiarray\nscalar\n",
+    b"c_codecs\nencode\n",
+    b"Q",
+    b"}",
+    b"u",
+    b"s",
+)
 
 
 def run_pairs(folder: Path) -> None:
@@ -274,7 +287,13 @@ def run_pairs(folder: Path) -> None:
 
 def lists_seeds() -> list[Files]:
     return [
-        {"media.txt": b"1.jpg 1 1\n2.jpg 1 2\n3.jpg 2 3\n", "pairs.txt": b"1 2 1\n1 1 0\n", "1.jpg": b"x", "2.jpg": b"x", "3.jpg": b"x"}
+        {
+            "media.txt": b"1.jpg 1 1\n2.jpg 1 2\n3.jpg 2 3\n",
+            "pairs.txt": b"1 2 1\n1 1 0\n",
+            "1.jpg": b"x",
+            "2.jpg": b"x",
+            "3.jpg": b"x",
+        }
     ]
 
 
@@ -326,7 +345,16 @@ def image_repair(name: str, data: bytes) -> bytes:
     return bytes(out)
 
 
-IMAGE_WORDS = (b"\xff\xda", b"\xff\xc4\0\x05", b"\xff\xc0", b"\xff\xc2", b"\xff\xdd\0\4\0\1", b"\xff\xd9", b"\xff\xdb", b"\xff\xd0")
+IMAGE_WORDS = (
+    b"\xff\xda",
+    b"\xff\xc4\0\x05",
+    b"\xff\xc0",
+    b"\xff\xc2",
+    b"\xff\xdd\0\4\0\1",
+    b"\xff\xd9",
+    b"\xff\xdb",
+    b"\xff\xd0",
+)
 IMAGE_WORDS += (b"IDAT", b"PLTE", b"IEND", b"iTXt", b"zTXt", b"iCCP", b"acTL\0\0\0\x10\0\0\0\0", b"\xff\xe1\xff\xff", b"tRNS")
 
 
@@ -457,11 +485,15 @@ def run_folder_seeds() -> list[Files]:
             np.savez(path, **stored)
         lines = [{"step": s, "time": 1.7e9, "loss": 2.0, "images_per_s": 9.0, "lr": 0.1, "memory_gb": 0.1} for s in (1, 2)]
         summary = metrics._finite(result.summary())
-        lines += [{"event": "evaluation", "time": 1.7e9, "step": 2, "name": "lfw", "tag": t, **summary} for t in ("step-2", "final")]
+        lines += [
+            {"event": "evaluation", "time": 1.7e9, "step": 2, "name": "lfw", "tag": t, **summary} for t in ("step-2", "final")
+        ]
         lines += [{"event": "checkpoint", "time": 1.7e9, "step": 2, "path": "runs/x"}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / "config.yaml").write_text("output: x\n")
-        (folder / "environment.json").write_text(json.dumps({"protomem": "1", "gpus": [], "world_size": 2, "packages": {"a": "1"}}))
+        (folder / "environment.json").write_text(
+            json.dumps({"protomem": "1", "gpus": [], "world_size": 2, "packages": {"a": "1"}})
+        )
 
     return [_made(write)]
 
@@ -488,13 +520,37 @@ def run_figures(folder: Path) -> None:
 
 def config_seeds() -> list[Files]:
     root = Path(__file__).parent.parent / "configs"
-    found = [{"a.yaml": path.read_bytes()} for path in (root / "quickstart.yaml", *sorted((root / "methods").glob("q*.yaml"))[:2])]
-    found.append({"a.yaml": b"output: &x runs/a\ndata: {train: *x, eval: [a.bin, '${output}.bin'], size: 32}\nmargin: {m: .3}\n"})
+    found = [
+        {"a.yaml": path.read_bytes()} for path in (root / "quickstart.yaml", *sorted((root / "methods").glob("q*.yaml"))[:2])
+    ]
+    found.append(
+        {"a.yaml": b"output: &x runs/a\ndata: {train: *x, eval: [a.bin, '${output}.bin'], size: 32}\nmargin: {m: .3}\n"}
+    )
     return found
 
 
-CONFIG_WORDS = (b"${oc.env:HOME}", b"${output}", b"${data.train}${data.train}", b"&a [*a]", b"*x", b"!!python/object/apply:os.system [id]", b"? ")
-CONFIG_WORDS += (b"!!binary aGk=", b"2001-01-01", b"!!set {a}", b"<<: *x\n", b"- - - - ", b"0x1F", b"1_000", b"output: a\n", b"data:\n", b"???", b"{a: 1}")
+CONFIG_WORDS = (
+    b"${oc.env:HOME}",
+    b"${output}",
+    b"${data.train}${data.train}",
+    b"&a [*a]",
+    b"*x",
+    b"!!python/object/apply:os.system [id]",
+    b"? ",
+)
+CONFIG_WORDS += (
+    b"!!binary aGk=",
+    b"2001-01-01",
+    b"!!set {a}",
+    b"<<: *x\n",
+    b"- - - - ",
+    b"0x1F",
+    b"1_000",
+    b"output: a\n",
+    b"data:\n",
+    b"???",
+    b"{a: 1}",
+)
 CONFIG_WORDS += (b"${oc.decode:x}", b"${" * 500, b": " * 300, b".inf", b"- ")
 
 
@@ -507,7 +563,9 @@ def run_config(folder: Path) -> None:
 
 def override_seeds() -> list[Files]:
     return [
-        {"lines": b"output=a\ndata.train=d\ndata.eval=[a.bin,b.bin]\noptimizer.betas=[0.9,0.99]\noptimizer.name=adamw\nmargin.m=0.3"},
+        {
+            "lines": b"output=a\ndata.train=d\ndata.eval=[a.bin,b.bin]\noptimizer.betas=[0.9,0.99]\noptimizer.name=adamw\nmargin.m=0.3"
+        },
         {"lines": b"output=a\ndata.train=patterns:identities=10,images=2,size=32,tail=1\ntrain.seed=7\nlog.wandb.name=null"},
     ]
 
@@ -540,11 +598,27 @@ TARGETS = {
             cache_repair,
             (b'"O"', b'"|O"', b'"<f8"', b"..", b"/"),
         ),
-        Target("tar", "tar shards", tar_seeds, run_tar, repair=tar_repair, words=(b"12 path=/x\n", b"20 size=-1\n", b"22 GNU.sparse.map=1\n")),
-        Target("names", "class folders: names", names_seeds, run_names, words=(b"/", b"\n", b"[bold]", b".jpg\n", b"\xed\xb2\x80")),
+        Target(
+            "tar",
+            "tar shards",
+            tar_seeds,
+            run_tar,
+            repair=tar_repair,
+            words=(b"12 path=/x\n", b"20 size=-1\n", b"22 GNU.sparse.map=1\n"),
+        ),
+        Target(
+            "names", "class folders: names", names_seeds, run_names, words=(b"/", b"\n", b"[bold]", b".jpg\n", b"\xed\xb2\x80")
+        ),
         Target("pairs", "verification .bin", pairs_seeds, run_pairs, words=PICKLE_WORDS),
         Target("templates", "IJB lists", lists_seeds, run_lists, ("media.txt", "pairs.txt"), words=(b" ", b"\xd9\xa3", b"../")),
-        Target("pair_lists", "lists of pairs", pair_lists_seeds, run_pair_lists, ("list.txt",), words=(b" ", b"\t", b"\xd9\xa3", b"../")),
+        Target(
+            "pair_lists",
+            "lists of pairs",
+            pair_lists_seeds,
+            run_pair_lists,
+            ("list.txt",),
+            words=(b" ", b"\t", b"\xd9\xa3", b"../"),
+        ),
         Target("images", "JPEG and PNG payloads", image_seeds, run_images, repair=image_repair, words=IMAGE_WORDS),
         Target("dali", "payloads that reach DALI", image_seeds, run_dali, repair=image_repair, words=IMAGE_WORDS),
         Target(
@@ -555,8 +629,17 @@ TARGETS = {
             ("step-00000003/.metadata",),
             words=PICKLE_WORDS,
         ),
-        Target("checkpoint", "checkpoints: other files", checkpoint_seeds, run_checkpoint, repair=zip_repair, words=(b"${oc.env:HOME}",)),
-        Target("weights", "encoder weights: .pth, .safetensors", weights_seeds, run_weights, repair=zip_repair, words=PICKLE_WORDS),
+        Target(
+            "checkpoint",
+            "checkpoints: other files",
+            checkpoint_seeds,
+            run_checkpoint,
+            repair=zip_repair,
+            words=(b"${oc.env:HOME}",),
+        ),
+        Target(
+            "weights", "encoder weights: .pth, .safetensors", weights_seeds, run_weights, repair=zip_repair, words=PICKLE_WORDS
+        ),
         Target("report", "a run's folder: log, evaluations", run_folder_seeds, run_report, repair=zip_repair),
         Target("figures", "a run's folder, with figures", run_folder_seeds, run_figures, repair=zip_repair),
         Target("config", "config files", config_seeds, run_config, words=CONFIG_WORDS),

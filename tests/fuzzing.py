@@ -8,6 +8,7 @@ passes if it returns, or raises UserError of one line that names something of th
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import mmap
 import os
 import random
@@ -215,6 +216,7 @@ def _lay(folder: Path, files: Files) -> None:
 
 def _child(target: Target, inputs: Iterator[tuple[int, Files]], cell, pipe: int) -> None:
     """Tries input after input; tells through the pipe what came out, and through `cell` which one it is at."""
+    faulthandler.disable()  # what a dying child would print is told by its exit code
     root = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
     folder = root / "input"
     folder.mkdir()
@@ -237,6 +239,8 @@ def _child(target: Target, inputs: Iterator[tuple[int, Files]], cell, pipe: int)
         _lay(folder, files)
         _watch["roots"] = roots
         begin = time.process_time()
+        # What is stuck in C sees no signal handler: the kernel ends it a little later.
+        resource.setrlimit(resource.RLIMIT_CPU, (int(begin) + 2 * SECONDS + 1, resource.RLIM_INFINITY))
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             kind, text = judge(target, folder)

@@ -50,6 +50,8 @@ class PatternRecords:
         first: int = 0,
         hard: bool = False,
     ):
+        if num_identities * images_per_identity >= 2**53:
+            raise UserError(f"patterns of {num_identities} identities with {images_per_identity} images are too many: below 2**53")
         if num_identities < 1 or images_per_identity < 1 or not 16 <= size <= 1024:
             raise UserError(
                 f"patterns need identities >= 1, images >= 1 and 16 <= size <= 1024, not {num_identities}, "

@@ -180,7 +180,8 @@ def read_property(path: Path) -> int | None:
         classes = 0
     if not 1 <= classes <= MAX_CLASSES:
         raise UserError(
-            f"{path} must begin with the number of identities, like '85742,112,112', at most {MAX_CLASSES:,}; it holds {text[:40]!r}"
+            f"{path} must begin with the number of identities, like '85742,112,112', at most {MAX_CLASSES:,}; "
+            f"it holds {text[:40]!r}"
         )
     return classes
 

@@ -67,7 +67,7 @@ def _open_patterns(text: str):
     for part in text.removeprefix("patterns:").split(","):
         name, _, value = part.partition("=")
         name, value = name.strip(), value.strip()
-        if name not in names or not value.isdecimal():
+        if name not in names or not value.isdecimal() or len(value) > 18:
             raise UserError(
                 f"'{text}': write {example} (whole numbers of {', '.join(names)}; '{part}' is not one)"
             )
