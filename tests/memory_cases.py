@@ -311,6 +311,7 @@ def run_reference(case: dict, steps: int, fillers: list[torch.Tensor]) -> list[d
                 order=book.oldest_first(),
                 written=list(book.written),
                 rows={s: row.numpy().copy() for s, row in memory.rows.items()},
+                left_over=memory.left_over,
                 square=min((v for v in squares if v > 1e-12), default=1.0) if options["name"] == "arcface" else 1.0,
             )
         )

@@ -194,6 +194,7 @@ class MemoryReference:
         quality, slot_of = self.quality, self.book.slot_of
         scores = quality.scores(list(x.detach()), external)
         weight = quality.loss_weights(scores, step)
+        self.left_over = 1.0  # the smallest sum without an image, as a share of that image's part in it
         refreshed, new = self.book.plan(labels)
         source = x if self.gradient == "batch" else x.detach()
         live: dict[int, torch.Tensor] = {}  # slot -> the row with its graph
@@ -222,6 +223,8 @@ class MemoryReference:
                 for k, j in enumerate(builders):
                     rest = sum(w / sum(q) * v for i, (w, v) in enumerate(zip(q, e)) if i != k)
                     nothing = len(builders) == 1 or rest.norm() < 1e-6
+                    if not nothing:
+                        self.left_over = min(self.left_over, (rest.norm() / (q[k] / sum(q) * e[k]).norm()).item())
                     positive[j] = made if nothing else unit(rest)
         columns = self._inject(self._columns(live), step)
         for y, v in zip(labels, x.detach()):  # for later steps

@@ -124,6 +124,15 @@ def test_opposite_images():
     assert own.tolist() == [[-1, 0, 0], [0, -1, 0], [0, 1, 0], [1, 0, 0]]
 
 
+def test_what_is_left_beside_an_image_with_nearly_all_of_the_weight():
+    """In fp32 too: the other two images' mean, though they have a millionth of the weight."""
+    x = F.normalize(torch.randn(3, D, generator=torch.Generator().manual_seed(0)), dim=1)
+    weight = torch.tensor([1.0, 3e-6, 2e-6])
+    _, own = generate(x, weight, torch.zeros(3, dtype=torch.int64), "unit", True)
+    expected = F.normalize(3 * x[1].double() + 2 * x[2].double(), dim=0)
+    assert (own[0] - expected).abs().max() < 1e-6
+
+
 def one_step(memory, labels, x, backend="blocked", step=0, margin=None):
     rank, world = distributed.rank(), distributed.world_size()
     bounds = [distributed.batch_bounds(len(labels), r, world) for r in range(world)]

@@ -47,7 +47,8 @@ def generate(embeddings: torch.Tensor, weight: torch.Tensor, group: torch.Tensor
     p = F.normalize(torch.where(lost, e[first[:-1]] * real[:, None], sums), dim=1)
     if not leave_out:
         return p, None
-    rest = sums[group] - part
+    wide = part.double()  # what is left beside an image that has nearly all of the weight is lost in fp32
+    rest = (torch.zeros_like(wide).index_add(0, group, wide)[group] - wide).to(part.dtype)
     return p, torch.where(rest.norm(dim=1, keepdim=True) < TINY, p[group], F.normalize(rest, dim=1))
 
 
