@@ -99,6 +99,8 @@ def blocked(precision="fp32", fuse=False, rate=None, untouched="lazy"):
         head, margin = functools.partial(HEADS["blocked"], precision=precision), build_margin("cosface", scale=SCALE, m=MARGIN)
 
         def step(x, labels, sizes, number):
+            if rate is not None and number == 0:  # untouched pages of zeros would not count as memory
+                optimizer.state[shard.weight]["momentum_buffer"].zero_()
             shard.begin_step(labels, number)
             losses((x,), labels, sizes, shard, head, margin).per_sample.mean().backward()
             optimizer.step()
