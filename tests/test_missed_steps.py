@@ -50,8 +50,9 @@ class Pair:
     def compare(self):
         self.optimizer.catch_up()
         close(self.shard.weight, self.dense)
-        if "momentum_buffer" in self.optimizer.state[self.shard.weight]:
-            close(self.optimizer.state[self.shard.weight]["momentum_buffer"], self.reference.state[self.dense]["momentum_buffer"])
+        state, expected = self.optimizer.state[self.shard.weight], self.reference.state[self.dense]
+        if "momentum_buffer" in state:
+            close(state["momentum_buffer"], expected["momentum_buffer"])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
