@@ -96,6 +96,20 @@ UNDEFINED = {
     ],
     "classifier × the samplers of a memory": ["data.sampler.name=mixed"],
     "sampled × LAMB": ["prototypes.source=sampled", "optimizer.name=lamb"],
+    "sampled, missed steps made up for × AdamW": [
+        *("prototypes.source=sampled", "optimizer.untouched=exact", "optimizer.name=adamw"),
+    ],
+    **{
+        f"update inside the backward × {name}": ["optimizer.fuse_prototypes=true", setting]
+        for name, setting in {
+            "dense head": "head.backend=dense",
+            "accumulation": "train.accumulate=2",
+            "clipping": "optimizer.clip=5",
+            "fp16": "encoder.precision=fp16",
+            "EPL": "prototypes.empirical.enabled=true",
+            "LAMB": "optimizer.name=lamb",
+        }.items()
+    },
 }
 WITHOUT_EFFECT = {
     "quality × no memory": ["quality.estimator=norm"],

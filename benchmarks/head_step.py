@@ -86,22 +86,24 @@ def eager(identities, size):
 
 def blocked(precision="fp32", fuse=False, rate=None, untouched="lazy"):
     def make(identities, size):
-        if rate is None:
-            shard = ClassifierShard(identities, size)
-            optimizer = torch.optim.SGD([shard.weight], fused=True, **SGD)
-        else:
-            shard = SampledShard(identities, size, rate=rate)
-            optimizer = RowSGD([shard.weight], untouched=untouched, **SGD)
-            if untouched == "exact":
-                shard.before_use = optimizer.catch_up
-        if fuse:
-            shard.sink.update = BlockUpdate(optimizer, shard.weight)
+        shard = SampledShard(identities, size, rate=rate) if rate else ClassifierShard(identities, size)
         head, margin = functools.partial(HEADS["blocked"], precision=precision), build_margin("cosface", scale=SCALE, m=MARGIN)
 
+        @functools.cache
+        def optimizer():  # made in the first step: momentum that is there from the start counts as memory of the step, too
+            if rate:
+                rows = RowSGD([shard.weight], untouched=untouched, **SGD)
+                shard.before_use = rows.catch_up if untouched == "exact" else None
+                return rows
+            dense = torch.optim.SGD([shard.weight], fused=True, **SGD)
+            shard.sink.update = BlockUpdate(dense, shard.weight) if fuse else None
+            return dense
+
         def step(x, labels, sizes, number):
+            optimizer()
             shard.begin_step(labels, number)
             losses((x,), labels, sizes, shard, head, margin).per_sample.mean().backward()
-            optimizer.step()
+            optimizer().step()
 
         return step
 

@@ -171,7 +171,8 @@ def _optimizer_mistakes(config: DictConfig) -> Iterator[str]:
     decay = o.weight_decay if o.head.weight_decay is None else o.head.weight_decay
     if o.untouched == "exact" and o.name != "sgd":
         yield (
-            f"optimizer.untouched=exact with optimizer.name={o.name}: its missed steps have no closed form; use sgd, or untouched=lazy"
+            f"optimizer.untouched=exact with optimizer.name={o.name}: its missed steps have no closed form; use sgd, or "
+            "untouched=lazy"
         )
     elif o.untouched == "exact" and o.momentum == 0 and decay == 0:
         yield "optimizer.untouched=exact has no effect without momentum and weight decay; remove it"
@@ -186,7 +187,7 @@ def _fused_update_mistakes(config: DictConfig) -> Iterator[str]:
         (config.head.backend == "dense", "head.backend=dense, which makes the whole gradient at once; use blocked or triton"),
         (config.train.accumulate > 1, f"train.accumulate={config.train.accumulate}: later micro-batches add to the gradient"),
         (o.clip > 0, f"optimizer.clip={o.clip}, which needs the norm of the whole gradient"),
-        (config.encoder.precision == "fp16", "encoder.precision=fp16, whose overflows skip a step when all gradients are known"),
+        (config.encoder.precision == "fp16", "encoder.precision=fp16, whose overflows skip a step when gradients are known"),
         (config.prototypes.empirical.enabled, "prototypes.empirical.enabled=true, whose second loss term adds to the gradient"),
         (o.name == "lamb", "optimizer.name=lamb, which needs the norm of the whole update; use sgd or adamw"),
     ):

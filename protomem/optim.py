@@ -98,8 +98,8 @@ def _torch_fused(params: list[torch.Tensor], fused: bool | None) -> bool:
 class _RowOptimizer(torch.optim.Optimizer):
     """Steps rows of [C,D] parameters by `param.row_grad = (index int64 [S], grad [S,D])`; each row at most once.
 
-    All other rows and their state stay as they are, bit for bit: no decay, no fading momentum (but see RowSGD). A parameter whose
-    row_grad is missing or None is left alone. State has the parameter's full size and exists from the start, so that
+    All other rows and their state stay as they are, bit for bit: no decay, no fading momentum (but see RowSGD). A parameter
+    whose row_grad is missing or None is left alone. State has the parameter's full size and exists from the start, so that
     a checkpoint can be loaded into it before the first step.
     """
 

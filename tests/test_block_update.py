@@ -16,6 +16,7 @@ from protomem.prototypes.classifier import ClassifierShard
 from protomem.step import MicroBatch, forward_backward
 from tests.ranks import run_ranks
 from tests.test_head import Largest
+from tests.test_no_sync import no_waiting
 from tests.test_training import run as trained
 
 HARDER = Negatives(  # as CurricularFace: negatives above the positive count more
@@ -134,6 +135,16 @@ def test_what_needs_the_whole_gradient_is_refused(setting):
         configured("optimizer.fuse_prototypes=true", setting)
     assert setting.split("=")[0] in str(error.value) and "\n" not in str(error.value)
     configured("optimizer.fuse_prototypes=true", "head.backend=triton")
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_it_waits_for_no_device(name):
+    shard, labels = shard_of(plain_and_fused("optimizer.name=" + name)[1], 40, 4), torch.tensor([1, 2, 2])
+    images = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with no_waiting():
+        for step in range(2):
+            part = MicroBatch(images, labels, [3])
+            forward_backward([part], torch.nn.Identity(), shard, HEADS["blocked"], MARGINS["cosface"], step)
 
 
 def test_a_second_loss_term_is_an_error_not_a_wrong_step():

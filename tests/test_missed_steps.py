@@ -9,6 +9,7 @@ from protomem.head import HEADS, objective
 from protomem.optim import RowSGD
 from protomem.prototypes.sampled import SampledShard
 from tests.ranks import run_ranks
+from tests.test_no_sync import no_waiting
 
 OPTIONS = [
     {"momentum": 0.9, "weight_decay": 0.1},
@@ -49,8 +50,9 @@ class Pair:
     def compare(self):
         self.optimizer.catch_up()
         close(self.shard.weight, self.dense)
-        if "momentum_buffer" in self.optimizer.state[self.shard.weight]:
-            close(self.optimizer.state[self.shard.weight]["momentum_buffer"], self.reference.state[self.dense]["momentum_buffer"])
+        state, expected = self.optimizer.state[self.shard.weight], self.reference.state[self.dense]
+        if "momentum_buffer" in state:
+            close(state["momentum_buffer"], expected["momentum_buffer"])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -92,6 +94,17 @@ def test_a_checkpoint_holds_up_to_date_rows_and_goes_on_at_another_world_size(tm
 
     run_ranks(2, write)
     assert [now for now, _ in run_ranks(3, go_on)] == [14] * 3
+
+
+def test_it_waits_for_no_device_after_its_first_step():
+    pair = Pair(OPTIONS[0])
+    pair.step(0)
+    labels, grad = torch.tensor([3, 20]), torch.ones(4, 4, dtype=torch.float64)
+    with no_waiting():
+        for step in (1, 2):
+            pair.shard.begin_step(labels, step)
+            pair.shard.sink.add(grad)
+            pair.optimizer.step()
 
 
 def test_state_survives_torchs_own_saving():

@@ -2,8 +2,9 @@
 
 Per block of K rows one GEMM gives B x K logits, which are used up while they are in cache; nothing of size B x C and no
 normalised copy of the rows is ever allocated. Logits of the first blocks are kept for the backward while they fit in
-`store_mb` (on CPUs that multiply bf16 their exponentials, if asked for bf16); the others are computed again. d loss / d rows goes straight into the shard's one gradient buffer, with the
-backward of the normalisation folded in as a rank-one correction per row. With u_j = w_j / |w_j| and g = d loss / d lse:
+`store_mb` (on CPUs that multiply bf16 their exponentials, if asked for bf16); the others are computed again. d loss / d rows
+goes straight into the shard's one gradient buffer, or block by block into the rows' update, with the backward of the
+normalisation folded in as a rank-one correction per row. With u_j = w_j / |w_j| and g = d loss / d lse:
 
     p_ij = g_i s exp(z_ij - lse_i) slope_ij            for negatives; the target has its own fp32 path
     d x_i = sum_j p_ij u_j                             d w_j = (sum_i p_ij x_i - (sum_i p_ij cos_ij) u_j) / |w_j|

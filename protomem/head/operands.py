@@ -28,7 +28,8 @@ def _cpu_bf16_units():
 
 def has_units(device: torch.device) -> bool:
     """Whether this device is a CPU that multiplies bf16 faster than fp32."""
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public name for it in all versions
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and asked is not None and asked()
 
 
 class Operands:
