@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -158,7 +159,7 @@ def worker(options) -> None:
         shape = {"encoder": c.encoder.name, "precision": c.encoder.precision, "head": c.head.backend}
         shape |= {"head_precision": c.head.precision, "identities": run.records.num_classes, "size": c.encoder.embedding_size}
         shape |= {"pixels": c.data.size, "batch": c.train.batch_size, "device": context.device.type}
-        result = {"shape": shape, "steps": found[options.warm_up :]}
+        result = {"shape": shape, "steps": found[options.warm_up :], "load": os.getloadavg()[0]}
         Path(options.worker_out).write_text(json.dumps(result))
     distributed.shutdown()
 
@@ -185,7 +186,8 @@ def measure(options) -> list[dict]:
                 values = spread([statistics.median(steps) for steps in each])
                 row |= {f"{kind}_{k}" if k != "repeats" else k: v for k, v in values.items()}
             rows.append(row)
-        row["images_per_s"] = 1e3 * shape["batch"] / row["ms_median"]
+        # load: processes that wanted to run; what is above ranks x threads was other work, and slowed the time that passes
+        row |= {"images_per_s": 1e3 * shape["batch"] / row["ms_median"], "load": max(r["load"] for r in rounds)}
     return rows
 
 
@@ -224,7 +226,9 @@ def plot(rows: list[dict], path: Path) -> None:
             axes.barh(names, [widths[n] for n in names], 0.6, [left[n] for n in names], color=colour, label=label)
             for n in names:
                 left[n] += widths[n]
-        axes.set(xlabel="ms", xlim=(0, 1.18 * max(left.values())), title=KINDS[kind])
+        load = max(row["load"] for row in rows if row["phase"] == "step")
+        busy = f" (load average {load:.0f} on {os.cpu_count()} cores)" if kind == "ms" and first["device"] == "cpu" else ""
+        axes.set(xlabel="ms", xlim=(0, 1.18 * max(left.values())), title=KINDS[kind] + busy)
         axes.spines[["top", "right"]].set_visible(False)
         if kind == "ms":
             for row in (row for row in rows if row["phase"] == "step"):
