@@ -35,7 +35,7 @@ def events(output) -> list[str]:
     return [line["event"] for line in lines if "event" in line]
 
 
-@pytest.mark.parametrize("env, stopped", [({}, STOPPED), ({"TORCHELASTIC_RUN_ID": "x"}, 0)])
+@pytest.mark.parametrize("env, stopped", [({}, STOPPED), ({"RANK": "0", "WORLD_SIZE": "1"}, 0)])
 def test_signals_before_and_while_it_saves(env, stopped, small_set, tmp_path):
     """Stopped by one signal, hit by all others, twice each, while it writes: one whole checkpoint, and its exit code."""
     arguments = settings(small_set, tmp_path, "schedule.steps=6", "schedule.warmup_steps=0", "checkpoint.every=0")
