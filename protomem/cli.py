@@ -3,7 +3,6 @@ imported by the command that needs them."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -40,9 +39,9 @@ def train(
     CONFIG. All keys with their meaning: configs/default.yaml.
 
     SIGTERM, SIGINT and SIGUSR1 end it after the step at hand, with everything saved; the same command goes on from there.
-    Exit codes: 0 finished; 75 stopped by a signal, saved, to be started again (0 under torchrun, which would take it for a
-    failure; the file `stopped` in the output folder tells, and is gone once the run goes on); 2 an error of config, data or
-    machine, told in a line; anything else an unexpected end.
+    Exit codes: 0 finished; 75 stopped by a signal, saved, to be started again; 2 an error of config, data or machine, told in
+    a line; anything else an unexpected end. Ranks that torchrun or srun started end with 0 also when stopped, since those take
+    any other code for a failure; the file `stopped` in the output folder tells, and is gone once the run goes on.
     """
     from protomem.signals import STOPPED, StopRequest
 
@@ -53,7 +52,8 @@ def train(
         from protomem import trainer
 
         finished = trainer.train(loaded, stop)
-    if not finished and "TORCHELASTIC_RUN_ID" not in os.environ:
+        from protomem.distributed import detect_launcher
+    if not finished and detect_launcher()[0] == "single":
         raise typer.Exit(STOPPED)
 
 

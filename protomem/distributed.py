@@ -89,7 +89,7 @@ def init(
             os.environ.update(slurm.rendezvous(os.environ))
         missing = [k for k in ("MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
         if missing:
-            raise UserError(f"RANK and WORLD_SIZE={world} are set, {' and '.join(missing)} is not; set it, or start by torchrun")
+            raise UserError(f"RANK and WORLD_SIZE={world} are set, {' and '.join(missing)} is not; set it, or use torchrun")
         try:
             dist.init_process_group(
                 "nccl" if chosen.type == "cuda" else "gloo",

@@ -6,7 +6,7 @@ import os
 import signal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-STOPPED = 75  # exit code of a run that a signal stopped with everything saved (EX_TEMPFAIL of sysexits.h: try again)
+STOPPED = 75  # exit code of a single process that a signal stopped, all being saved (EX_TEMPFAIL of sysexits.h: try again)
 
 
 class StopRequest:
