@@ -35,9 +35,9 @@ def training(folder, act, at=3, timeout_s=GROUP_S):
     return "", time.monotonic() - begin
 
 
-def ends(tmp_path, monkeypatch, act, **options):
+def ends(tmp_path, monkeypatch, act, grace=1.0, **options):
     """(messages, seconds) of the ranks other than LOST."""
-    monkeypatch.setattr(watch, "GRACE_S", 1.0)
+    monkeypatch.setattr(watch, "GRACE_S", grace)
     monkeypatch.setattr(watch, "LOOK_S", 0.2)
 
     def work():
@@ -76,6 +76,16 @@ def test_rank_0_that_keeps_the_store_dies(tmp_path, monkeypatch):
         assert message.startswith("UserError: missing at all_gather (72 bytes, collective "), message
         assert " of step 3: rank 0 (" in message, message
     assert max(seconds) < GROUP_S + 4, seconds
+
+
+def test_a_store_that_is_silent_does_not_hold_anybody_up(tmp_path, monkeypatch):
+    """As behind a cut cable: no request is answered, none fails."""
+    monkeypatch.setattr("tests.test_watch.LOST", 0)
+    monkeypatch.setattr(watch.Watch, "_answer", lambda self: time.sleep(60))
+    messages, seconds = ends(tmp_path, monkeypatch, lambda: os._exit(9), grace=0.3)
+    for message in messages:
+        assert message.startswith("UserError: missing at all_gather (72 bytes, collective ") and "rank 0 (" in message, message
+    assert max(seconds) < GROUP_S + 4 and record(tmp_path, 1)["open"]["name"] == "all_gather"
 
 
 def fall_asleep():
