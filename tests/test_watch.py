@@ -93,7 +93,8 @@ def fall_asleep():
 
 
 def test_a_rank_that_hangs_is_named_and_shows_where(tmp_path, monkeypatch):
-    messages, seconds = ends(tmp_path, monkeypatch, fall_asleep)
+    # Its own watch would not stir for a minute: it answers the alarm of the others, whose collective exceeds the group's limit.
+    messages, seconds = ends(tmp_path, monkeypatch, fall_asleep, timeout_s=60)
     for message in messages:
         assert "missing at all_gather (72 bytes, collective " in message and "of step 3: rank 1 (" in message, message
         assert "test_watch.py:" in message and "fall_asleep" in message, message
