@@ -84,10 +84,13 @@ class Watch:
         self.own_end = None if failed else f"{type(error).__name__}: {self.error}"
         self.noticed.set()
         self.woken.set()
-        self.told.wait(4 * GRACE_S)  # the thread does the talking, since a lost store may never answer
+        told = self.told.wait(4 * GRACE_S)  # the thread does the talking, since a store behind a cut cable never answers
         if not failed:
             return None
-        return UserError(self.verdict or f"a collective failed ({self.error}), and {self.name(0)}, which keeps the store, is silent")
+        if not told:
+            self.verdict = verdict({self.rank: flight.record()}, [0], self.name, self.error)  # rank 0 keeps the store
+            self._write()
+        return UserError(self.verdict)
 
     # --- the thread ------------------------------------------------------------------------------------------------
 
@@ -114,8 +117,8 @@ class Watch:
 
     def _answer(self) -> None:
         """Post this rank's record; the first to do so judges, the others wait for what it says."""
-        first = self.store.add("answers", 1) == 1
         self.store.set(f"record/{self.rank}", json.dumps(flight.record()))
+        first = self.store.add("answers", 1) == 1  # after the record: who sees all answers counted finds all records
         self.store.set("alarm", "")
         if first:
             if self.own_end is not None:

@@ -4,15 +4,40 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+from protomem import distributed
+from protomem.elastic import only_others_leave
 from protomem.files import replace_file
 from tests.nodes import nodes
+from tests.ranks import run_ranks
 from tests.test_training import assert_close, curve, run, settings
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_a_worker_whose_agent_died_before_it_looked_ends():
+    code = "from protomem.elastic import end_with_agent; end_with_agent(); print('alive')"
+
+    def worker(**env):
+        return subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, cwd=ROOT)
+
+    assert worker(TORCHELASTIC_RUN_ID="job", PROTOMEM_AGENT="1").returncode == -signal.SIGKILL  # adopted by another process
+    assert worker(TORCHELASTIC_RUN_ID="job", PROTOMEM_AGENT=str(os.getpid())).stdout == "alive\n"
+    assert worker(PROTOMEM_AGENT="1").stdout == "alive\n"  # no agent, as with plain srun
+
+
+def test_machines_of_which_nobody_was_asked_to_stop_go_on():
+    def work(asked, elastic):
+        rank = distributed.rank()
+        return only_others_leave(rank in asked, {"GROUP_RANK": str(rank // 2), **({"PROTOMEM_ELASTIC": "1"} if elastic else {})})
+
+    assert run_ranks(4, work, {1}, True) == [False, False, True, True]
+    assert run_ranks(4, work, {0, 3}, True) == [False] * 4
+    assert run_ranks(4, work, {1}, False) == [False] * 4
 
 
 def wait_for(what, seconds, said):
