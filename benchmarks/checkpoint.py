@@ -8,9 +8,9 @@ another number of ranks.
 head (64 images, CosFace, `blocked`, fp32) in place of training. Of each rank: the time of a step; of a synchronous save;
 what an asynchronous save makes the step wait (the copy; the first one also allocates it), how long it takes in all, and
 the time of the steps beside it; how far each raises the process's resident memory. CPU seconds are those of the training
-thread for the wait, of the whole process for steps. `lost_steps` is all that an asynchronous save costs (the wait, and
-what the steps beside it take longer), in steps; `every_for_5_percent` is the number of steps between checkpoints from
-which on that is less than 5 % of them. Then 3 ranks load it: seconds, bytes of their own rows (weight and momentum), and
+thread for the wait, of the whole process for steps. `lost_steps` is all that an asynchronous save costs where no core is
+idle, in CPU time of steps (the wait, and what is written beside steps: GPUs leave cores idle, this benchmark does not);
+`every_for_5_percent` is the number of steps between checkpoints from which on that is less than 5 % of them. Then 3 ranks load it: seconds, bytes of their own rows (weight and momentum), and
 how far loading raises their resident memory above their own rows.
 """
 
@@ -95,7 +95,7 @@ def saving(options) -> list[dict]:
         row |= {"peak_extra_bytes": peak}
         if beside:
             slower = statistics.median(s["wall"] for s in beside)
-            lost = (row["wait_s"] + sum(max(0.0, s["wall"] - median) for s in beside)) / median
+            lost = (row["wait_cpu_s"] + sum(s["cpu"] - common["step_cpu_s"] for s in beside)) / common["step_cpu_s"]
             row |= {"steps_beside": len(beside), "step_beside_s": slower}
             row |= {"step_beside_cpu_s": statistics.median(s["cpu"] for s in beside), "wait_in_steps": row["wait_s"] / median}
             row |= {"wait_in_steps_cpu": row["wait_cpu_s"] / common["step_cpu_s"]}

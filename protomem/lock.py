@@ -31,7 +31,7 @@ def one_run(folder: Path, timeout_s: float):
     """
     restarted = any(int(os.environ.get(k, 0)) for k in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     patience_s = SHARE * timeout_s if restarted else min(PATIENCE_S, SHARE * timeout_s)
-    path, made, file = folder / ".lock", not folder.exists(), None
+    path, made, file = folder / ".lock", [p for p in (folder, *folder.parents) if not p.exists()], None
 
     def hold():
         nonlocal file
@@ -48,9 +48,9 @@ def one_run(folder: Path, timeout_s: float):
         if file is not None:
             path.unlink(missing_ok=True)  # while it is held, see _hold
             file.close()
-            if made:
-                with contextlib.suppress(OSError):  # nothing was written: nothing is left
-                    folder.rmdir()
+            with contextlib.suppress(OSError):  # nothing was written: nothing is left
+                for new in made:
+                    new.rmdir()
 
 
 def unwritable(folder: Path, error: OSError) -> UserError:

@@ -22,7 +22,7 @@ class RowBlocks(DefaultSavePlanner):
     def __init__(self, named: set[str], total: int):
         super().__init__()
         self.named, self.total = named, total
-        self.first, _ = distributed.shard_bounds(total, distributed.rank(), distributed.world_size())
+        self.first, self.last = distributed.shard_bounds(total, distributed.rank(), distributed.world_size())
 
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()
@@ -33,6 +33,8 @@ class RowBlocks(DefaultSavePlanner):
         return self.plan
 
     def _blocks(self, name: str, rows: torch.Tensor) -> list[WriteItem]:
+        if len(rows) != self.last - self.first:
+            raise ValueError(f"{name} has {len(rows)} rows here, not rows {self.first} to {self.last} of {self.total}")
         size, properties = torch.Size([self.total, *rows.shape[1:]]), TensorProperties.create_from_tensor(rows)
         items = []
         for start in range(0, len(rows), _block_rows(rows)):

@@ -175,7 +175,7 @@ def test_a_second_run_in_the_same_folder_waits_and_is_refused(tmp_path, monkeypa
         first.kill()
         first.join()
     assert list(folder.iterdir()) == []
-    with lock.one_run(tmp_path / "new", 1):
+    with lock.one_run(tmp_path / "new" / "run", 1):
         pass
     assert not (tmp_path / "new").exists()
 
