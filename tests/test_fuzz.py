@@ -129,7 +129,7 @@ def _metadata() -> dict[str, dict]:
         "a program": with_(pickle.dumps(Call(os.system, "touch executed"))),
         "a memo of 64 GB": with_(b"\x80\x04Nr\xff\xff\xff\xff."),
         "bytes of a terabyte": with_(b"\x80\x05\x96\0\0\0\0\0\1\0\0."),
-        "a nested tuple as a key": with_(b"\x80\x04}" + NEST + b"h\1Ns."),
+        "a nested tuple as a key": with_(b"\x80\x04" + NEST + b"}h\1Ns."),
         "an attribute of a class": with_(b"\x80\x04" + kinds + b"Metadata\nN}X\7\0\0\0versionK\1s\x86b."),
         "a file elsewhere": with_(plain.replace(b"__0_0.distcp", b"../../x.dist")),
         "no metadata": with_(pickle.dumps("text")),
