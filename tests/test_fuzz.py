@@ -332,3 +332,10 @@ def test_pipes_in_the_place_of_files_do_not_block(tmp_path):
     os.mkfifo(tmp_path / "train.rec")
     with pytest.raises(UserError, match="is no file"):
         open_records(tmp_path)
+
+
+def test_a_name_with_dollars_is_no_formula(tmp_path):
+    from protomem import report_plots
+
+    events = [{"event": "evaluation", "name": "$\\frac$", "step": step, "accuracy": 0.5} for step in (1, 2)]
+    assert (report_plots.draw(tmp_path, [], events, {})["accuracy"]).stat().st_size > 1000
