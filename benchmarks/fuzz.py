@@ -50,7 +50,7 @@ def write_page(page: Path, tables: list[Path]) -> None:
     lines = [
         HEAD,
         "## The last run\n",
-        "{date}, {machine}, Python {python}, torch {torch}.\n".format(**rows[0]),
+        "{date}, {machine}, Python {python}, torch {torch}. Seconds are of the clock; other work shared the 2 cores.\n".format(**rows[0]),
     ]
     lines += ["| reader | what | inputs | seconds | taken | refused | slowest, CPU s | findings | found and fixed before |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]

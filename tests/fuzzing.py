@@ -214,10 +214,9 @@ def _lay(folder: Path, files: Files) -> None:
         os.utime(path, ns=(10**18, 10**18))
 
 
-def _child(target: Target, inputs: Iterator[tuple[int, Files]], cell, pipe: int) -> None:
+def _child(target: Target, inputs: Iterator[tuple[int, Files]], cell, pipe: int, root: Path) -> None:
     """Tries input after input; tells through the pipe what came out, and through `cell` which one it is at."""
     faulthandler.disable()  # what a dying child would print is told by its exit code
-    root = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
     folder = root / "input"
     folder.mkdir()
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")
@@ -251,7 +250,6 @@ def _child(target: Target, inputs: Iterator[tuple[int, Files]], cell, pipe: int)
         out.write(f"{index}\t{time.process_time() - begin:.4f}\t{kind}\t{text}\n")
     _watch["roots"] = None
     out.close()
-    shutil.rmtree(root, ignore_errors=True)
 
 
 def fuzz(target: Target, inputs: Callable[[int], Iterator[tuple[int, Files]]], seconds: float | None = None) -> Tally:
@@ -260,6 +258,7 @@ def fuzz(target: Target, inputs: Callable[[int], Iterator[tuple[int, Files]]], s
     tally, start, end = Tally(), 0, time.monotonic() + (seconds or 1e9)
     while start >= 0 and time.monotonic() < end:
         cell = mmap.mmap(-1, 8)
+        root = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
         struct.pack_into("<q", cell, 0, -1)
         receive, send = os.pipe()
         sys.stdout.flush(), sys.stderr.flush()
@@ -268,12 +267,15 @@ def fuzz(target: Target, inputs: Callable[[int], Iterator[tuple[int, Files]]], s
             code = 1
             try:
                 os.close(receive)
-                _child(target, inputs(start), cell, send)
+                _child(target, inputs(start), cell, send, root)
                 code = 0
             finally:
                 os._exit(code)
         os.close(send)
-        start = _follow(child, receive, cell, end, tally)
+        try:
+            start = _follow(child, receive, cell, end, tally)
+        finally:
+            shutil.rmtree(root, ignore_errors=True)  # not the child: it may be killed
     return tally
 
 

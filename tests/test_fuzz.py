@@ -129,7 +129,7 @@ def _metadata() -> dict[str, dict]:
         "a program": with_(pickle.dumps(Call(os.system, "touch executed"))),
         "a memo of 64 GB": with_(b"\x80\x04Nr\xff\xff\xff\xff."),
         "bytes of a terabyte": with_(b"\x80\x05\x96\0\0\0\0\0\1\0\0."),
-        "a nested tuple as a key": with_(b"\x80\x04}" + NEST + b"h\1Ns."),
+        "a nested tuple as a key": with_(b"\x80\x04" + NEST + b"}h\1Ns."),
         "an attribute of a class": with_(b"\x80\x04" + kinds + b"Metadata\nN}X\7\0\0\0versionK\1s\x86b."),
         "a file elsewhere": with_(plain.replace(b"__0_0.distcp", b"../../x.dist")),
         "no metadata": with_(pickle.dumps("text")),
@@ -332,3 +332,10 @@ def test_pipes_in_the_place_of_files_do_not_block(tmp_path):
     os.mkfifo(tmp_path / "train.rec")
     with pytest.raises(UserError, match="is no file"):
         open_records(tmp_path)
+
+
+def test_a_name_with_dollars_is_no_formula(tmp_path):
+    from protomem import report_plots
+
+    events = [{"event": "evaluation", "name": "$\\frac$", "step": step, "accuracy": 0.5} for step in (1, 2)]
+    assert (report_plots.draw(tmp_path, [], events, {})["accuracy"]).stat().st_size > 1000
