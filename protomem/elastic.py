@@ -1,4 +1,4 @@
-"""Workers of an elastic job (torchrun): they end with the agent that started them, and go on when only another machine leaves."""
+"""Workers of an elastic job (torchrun): they end with the agent that started them, and go on when only others leave."""
 
 from __future__ import annotations
 

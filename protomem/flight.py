@@ -61,8 +61,8 @@ def idle_s() -> float:
 
 
 def record() -> dict:
-    """This rank's record as of now, for JSON: `begun` collectives, the one that is `open`, the last ones (`collectives`, times in
-    seconds ago) and where the main thread is (`stack`, innermost last)."""
+    """This rank's record as of now, for JSON: how many collectives were `begun`, which one is `open`, the last `collectives`
+    (times in seconds ago) and where the main thread is (`stack`, innermost last)."""
     at = time.monotonic()
     stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
     names = ("number", "name", "step", "bytes", "began_s_ago", "ended_s_ago")

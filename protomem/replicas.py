@@ -30,8 +30,8 @@ def _flat(node, prefix: str = "") -> dict[str, str]:
 
 
 def check_config(config: DictConfig) -> None:
-    """Raise UserError (SystemExit on other ranks than 0) if a rank was started with another configuration, or another version of
-    protomem or torch, than rank 0. Collective."""
+    """Raise UserError (SystemExit on other ranks than 0) if a rank was started with another configuration, or another
+    version of protomem or torch, than rank 0. Collective."""
     own = _flat(OmegaConf.to_container(config))
     own |= {"protomem's version": protomem.__version__, "torch's version": torch.__version__}
     first = distributed.broadcast_object(own)
@@ -41,8 +41,8 @@ def check_config(config: DictConfig) -> None:
         if different:
             host, key, value = different
             end_all(
-                f"rank {rank} ({host}) was started with {key}={value}, rank 0 with {first.get(key)}; start all ranks with the same "
-                "configuration and the same versions"
+                f"rank {rank} ({host}) was started with {key}={value}, rank 0 with {first.get(key)}; start all ranks with "
+                "the same configuration and the same versions"
             )
 
 
@@ -77,7 +77,7 @@ def check_state(tensors: dict[str, torch.Tensor], step: int) -> None:
     usual = max((v for _, v in values), key=[v for _, v in values].count)
     ranks = [f"rank {r} ({host})" for r, (host, v) in enumerate(values) if v != usual]
     end_all(
-        f"step {step}: {name} on {', '.join(ranks)} is not what the other ranks have ({len(different)} of {len(tensors)} replicated "
-        "tensors differ); a rank computes something else: start again from the last checkpoint, without that machine if it "
-        "happens again"
+        f"step {step}: {name} on {', '.join(ranks)} is not what the other ranks have ({len(different)} of {len(tensors)} "
+        "replicated tensors differ); a rank computes something else: start again from the last checkpoint, without that "
+        "machine if it happens again"
     )

@@ -1,4 +1,4 @@
-"""Which rank the others wait for: each rank's own time in the loader and in the encoder's forward pass, which has no collectives."""
+"""Which rank the others wait for: each rank's own time in the loader and in the encoder's forward pass, without collectives."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Stopwatch:
 
 
 def find(own_s: float, steps: int, factor: float, device: torch.device) -> dict | None:
-    """What to log if the slowest rank's own seconds in an interval of `steps` exceed `factor` times the median rank's: its `rank`,
-    `host`, `ratio`, and seconds a step. Equal on all ranks. Collective."""
+    """What to log if the slowest rank's own seconds in an interval of `steps` exceed `factor` times the median rank's: its
+    `rank`, `host`, `ratio`, and seconds a step. Equal on all ranks. Collective."""
     every = distributed.gather_rows(torch.tensor([own_s], device=device), [1] * distributed.world_size()).tolist()
     usual, slowest = sorted(every)[(len(every) - 1) // 2], max(every)
     if slowest <= factor * usual or slowest - usual < LEAST_S:
@@ -55,4 +55,5 @@ def find(own_s: float, steps: int, factor: float, device: torch.device) -> dict 
     rank = every.index(slowest)
     host = distributed.gather_objects(socket.gethostname())[rank]
     ratio = round(slowest / max(usual, 1e-9), 2)
-    return {"rank": rank, "host": host, "ratio": ratio, "s_per_step": round(slowest / steps, 4), "usual": round(usual / steps, 4)}
+    per_step = {"s_per_step": round(slowest / steps, 4), "usual": round(usual / steps, 4)}
+    return {"rank": rank, "host": host, "ratio": ratio, **per_step}

@@ -380,7 +380,8 @@ class Run:
             return
         modules = checkpointing.modules(self)
         # BatchNorm statistics are each rank's own between checkpoints.
-        own = {f"{part}.{k}" for part in ("encoder", "key_encoder") if part in modules for k, _ in modules[part].named_buffers()}
+        encoders = [part for part in ("encoder", "key_encoder") if part in modules]
+        own = {f"{part}.{k}" for part in encoders for k, _ in modules[part].named_buffers()}
         tensors = state.named_state(modules, self.optimizers)
         tensors = {k: v.to(self.device) for k, v in tensors.items() if k not in own and not state.is_rows(k, v)}
         position = torch.tensor([self.step, self._learning_rate(self.step)], dtype=torch.float64, device=self.device)

@@ -1,8 +1,8 @@
 """When a rank is lost, the others end soon and say which one it was and which collective it is missing from.
 
 A thread of each rank looks every second whether another rank raised the alarm in the store of the process group. A rank
-does when a collective fails or exceeds distributed.timeout_s, when a step makes no progress for so long, or when it ends with an
-error of its own. All that are alive then answer with their flight record (protomem/flight.py), also written to
+does when a collective fails or exceeds distributed.timeout_s, when a step makes no progress for so long, or when it ends
+with an error of its own. All that are alive then answer with their flight record (protomem/flight.py), also written to
 `flight-rankN.json` in the run's folder; who does not answer, or is behind, is named.
 """
 
@@ -79,7 +79,8 @@ class Watch:
 
     def explain(self, error: BaseException) -> UserError | None:
         """Tell the others that this rank ends with `error`. A UserError in its place if a collective failed."""
-        failed = isinstance(error, RuntimeError) and flight.open_entry() is not None and CONNECTION.search(str(error)) is not None
+        of_the_group = isinstance(error, RuntimeError) and CONNECTION.search(str(error)) is not None
+        failed = of_the_group and flight.open_entry() is not None
         self.error = (str(error) or type(error).__name__).strip().splitlines()[0]
         self.own_end = None if failed else f"{type(error).__name__}: {self.error}"
         self.noticed.set()
@@ -165,7 +166,8 @@ def verdict(records: dict[int, dict], silent: list[int], name, error: str | None
         return f"{gone}no rank is in a collective; {_standing(name(still), records[still])}"
     place = max(waiting.values(), key=lambda entry: entry["number"])
     behind = [r for r, record in records.items() if record["begun"] < place["number"]]
-    others = [r for r, e in waiting.items() if e["number"] == place["number"] and (e["name"], e["bytes"]) != (place["name"], place["bytes"])]
+    here = [(r, entry) for r, entry in waiting.items() if entry["number"] == place["number"]]
+    others = [r for r, entry in here if (entry["name"], entry["bytes"]) != (place["name"], place["bytes"])]
     step = "" if place["step"] is None else f" of step {place['step']}"
     what = f"{place['name']} ({place['bytes']} bytes, collective {place['number']}){step}"
     parts = [f"{name(r)} gave no sign of life within {GRACE_S:g} s" for r in silent]

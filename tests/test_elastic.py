@@ -32,8 +32,8 @@ def test_a_worker_whose_agent_died_before_it_looked_ends():
 
 def test_machines_of_which_nobody_was_asked_to_stop_go_on():
     def work(asked, elastic):
-        rank = distributed.rank()
-        return only_others_leave(rank in asked, {"GROUP_RANK": str(rank // 2), **({"PROTOMEM_ELASTIC": "1"} if elastic else {})})
+        env = {"GROUP_RANK": str(distributed.rank() // 2), **({"PROTOMEM_ELASTIC": "1"} if elastic else {})}
+        return only_others_leave(distributed.rank() in asked, env)
 
     assert run_ranks(4, work, {1}, True) == [False, False, True, True]
     assert run_ranks(4, work, {0, 3}, True) == [False] * 4
@@ -71,7 +71,8 @@ def test_a_node_is_lost_and_comes_back(small_set, tmp_path):
 
         def lines():
             path = output / "metrics.jsonl"
-            return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
+            text = path.read_text() if path.exists() else ""
+            return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
 
         def step():
             return max((line["step"] for line in lines() if "loss" in line), default=0)

@@ -117,7 +117,7 @@ def test_without_progress_the_watch_ends_the_process(tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "GRACE_S", 1.0)
     monkeypatch.setattr(watch, "LOOK_S", 0.2)
     begin = time.monotonic()
-    with pytest.raises(AssertionError):  # they end one by one; who sees that another has gone may raise before its watch ends it
+    with pytest.raises(AssertionError):  # they end one by one; who sees another go may raise before its watch ends it
         run_ranks(WORLD, training, tmp_path, fall_asleep, 3, 1.5, timeout=25)
     assert time.monotonic() - begin < 20
     for rank in range(WORLD):
