@@ -74,27 +74,26 @@ VARIANTS = {
 
 
 class Clock:
-    """The points between the phases of one step."""
+    """The points between the phases of each step."""
 
     def __init__(self, device: torch.device):
-        self.gpu, self.points = device.type == "cuda", []
+        self.gpu, self.steps = device.type == "cuda", []
 
     def mark(self, name: str) -> None:
         point = time.perf_counter(), time.thread_time()
         if self.gpu:
             point = (torch.cuda.Event(enable_timing=True),)
             point[0].record()
-        self.points.append((name, point))
+        self.steps[-1].append((name, point))
 
-    def milliseconds(self) -> dict[str, dict[str, float]]:
+    def milliseconds(self, step: int) -> dict[str, dict[str, float]]:
         """{kind of time: {phase: ms}}. A phase has the name of the point that ends it; the first point begins."""
         if self.gpu:
             torch.cuda.synchronize()
         found = {kind: dict.fromkeys(PHASES, 0.0) for kind in (("ms",) if self.gpu else ("ms", "cpu_ms"))}
-        for (_, before), (name, now) in zip(self.points, self.points[1:]):
+        for (_, before), (name, now) in zip(self.steps[step], self.steps[step][1:]):
             for kind, a, b in zip(found, before, now):
                 found[kind][name] += a.elapsed_time(b) if self.gpu else 1e3 * (b - a)
-        self.points.clear()
         return found
 
 
@@ -142,15 +141,16 @@ def worker(options) -> None:
     run.prepare()
     clock = Clock(context.device)
     listen(run, clock)
-    loader, found = run._loader(run.sampler), []
+    loader = run._loader(run.sampler)
     batches = iter(loader.epoch(0))
     for _ in range(options.warm_up + options.steps):
+        clock.steps.append([])
         clock.mark("start")
         batch = next(batches)
         clock.mark("data wait")
         run._one_step(batch)
         clock.mark("update")
-        found.append(clock.milliseconds())
+    found = [clock.milliseconds(k) for k in range(options.warm_up, options.warm_up + options.steps)]  # read at the end: no wait
     loader.close()
     if run.memory:
         run.memory.close()
@@ -159,7 +159,7 @@ def worker(options) -> None:
         shape = {"encoder": c.encoder.name, "precision": c.encoder.precision, "head": c.head.backend}
         shape |= {"head_precision": c.head.precision, "identities": run.records.num_classes, "size": c.encoder.embedding_size}
         shape |= {"pixels": c.data.size, "batch": c.train.batch_size, "device": context.device.type}
-        result = {"shape": shape, "steps": found[options.warm_up :], "load": os.getloadavg()[0]}
+        result = {"shape": shape, "steps": found, "load": os.getloadavg()[0]}
         Path(options.worker_out).write_text(json.dumps(result))
     distributed.shutdown()
 
@@ -236,8 +236,8 @@ def plot(rows: list[dict], path: Path) -> None:
                 text = f"{row['images_per_s']:,.0f} images/s"
                 axes.annotate(text, (left[n], n), (4, 0), textcoords="offset points", va="center", fontsize=9)
     panels[0, 0].invert_yaxis()
-    what = f"{first['encoder']}, {first['pixels']} pixels, batch {first['batch']} on {first['ranks']} ranks ({first['device']}), "
-    figure.suptitle(f"One training step: {what}{first['identities']:,} identities, D = {first['size']}", fontsize=11)
+    what = f"{first['encoder']}, {first['pixels']} pixels, batch {first['batch']} on {first['ranks']} ranks ({first['device']})"
+    figure.suptitle(f"One training step: {what}, {first['identities']:,} identities, D = {first['size']}", fontsize=11)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")

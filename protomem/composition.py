@@ -153,8 +153,8 @@ def _encoder_mistakes(config: DictConfig) -> Iterator[str]:
                 yield f"encoder.{key}={e[key]} has no effect on encoder.name={e.name}, which has no BatchNorm; remove it"
     if e.compile == "graphs" and config.train.accumulate > 1:
         yield (
-            f"encoder.compile=graphs with train.accumulate={config.train.accumulate}: a CUDA graph writes gradients over those of "
-            "the micro-batch before; use compile=default or accumulate=1"
+            f"encoder.compile=graphs with train.accumulate={config.train.accumulate}: a CUDA graph writes gradients over "
+            "those of the micro-batch before; use compile=default or accumulate=1"
         )
     if e.compile == "graphs" and config.distributed.device == "cpu":
         yield "encoder.compile=graphs with distributed.device=cpu: CUDA graphs need a GPU; use compile=default"

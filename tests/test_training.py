@@ -249,10 +249,12 @@ def test_a_slow_loader_shows_as_waiting(monkeypatch):
         shown, world = [], distributed.world_size()
         run = trainer.Run.__new__(trainer.Run)
         run.context = distributed.Context(distributed.rank(), world, 0, torch.device("cpu"), "torchrun")
-        run.device, run.finite, run.memory, run.step, run.epoch_steps, run.total = run.context.device, torch.ones(()), None, 1, 4, 9
+        run.device, run.finite, run.memory = run.context.device, torch.ones(()), None
+        run.step, run.epoch_steps, run.total = 1, 4, 9
         run.log = types.SimpleNamespace(step=lambda step, values: shown.append({k: float(v) for k, v in values.items()}))
         run.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": now[0]}
-        run.config, run.sets = config.load([], settings("x", "y", "evaluate.every=1", "data.eval=[z]", "checkpoint.every=0")), {"z": 1}
+        run.config = config.load([], settings("x", "y", "evaluate.every=1", "data.eval=[z]", "checkpoint.every=0"))
+        run.sets = {"z": "z.bin"}
         run.evaluate, run._improved = lambda tag: now.__setitem__(0, now[0] + 50.0), lambda results: False
         for _ in run._timed(batches()):
             now[0] += 1.0 + 3.0 * (not slow)  # rank 0 waits for rank 1 inside its step

@@ -19,7 +19,7 @@ import torch
 
 
 def compiled(model: torch.nn.Module, mode: str) -> Callable:
-    """`model` as it is called in training; mode: off, default or graphs. Compiling takes a minute or more, at the first step."""
+    """`model` as it is called in training; mode: off, default or graphs. The first step compiles, for a minute or more."""
     if mode == "off":
         return model
     if mode == "default":
