@@ -169,7 +169,7 @@ class Run:
             self.saver.wait()
             if finished and self.context.is_main:
                 self.log.event("report", path=str(write_report(self.folder)))
-            elif self.context.is_main:  # for scripts: torchrun does not pass on which of the two it was
+            elif self.context.is_main and not self.goes_on:  # for scripts: torchrun does not pass on which of the two it was
                 replace_file(marker, f"at step {self.step} of {self.total} by {stop.reason()}\n".encode())
             return finished
 
