@@ -46,7 +46,14 @@ setup(
         "kernels": ["triton>=3.6; platform_system == 'Linux'"],
         "wandb": ["wandb>=0.18"],
         "tensorboard": ["tensorboard>=2.17"],
-        "dev": ["pytest>=8", "hypothesis>=6", "wandb>=0.18", "tensorboard>=2.17", "triton>=3.6; platform_system == 'Linux'"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "hypothesis>=6",
+            "wandb>=0.18",
+            "tensorboard>=2.17",
+            "triton>=3.6; platform_system == 'Linux'",
+        ],
     },
     entry_points={"console_scripts": ["protomem=protomem.cli:main"]},
 )

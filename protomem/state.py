@@ -98,7 +98,7 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], rows: int, inf
         temporary.mkdir()
 
     def write():
-        planner = RowBlocks({name for name, value in state.items() if _is_rows(name, value)}, rows)
+        planner = RowBlocks({name for name, value in state.items() if is_rows(name, value)}, rows)
         plain = {name: value.detach() for name, value in state.items()}
         alone = distributed.world_size() == 1
         writer = Writer(temporary)

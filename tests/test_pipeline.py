@@ -224,7 +224,7 @@ CORRUPT = {
     "empty": (b"", "empty"),
     "random": (np.random.default_rng(0).bytes(3000), "not JPEG or PNG"),
     "truncated": (jpeg(7)[:2000], "truncated"),
-    "huge": (jpeg(7).replace(b"\x00\x70\x00\x70", b"\xff\xff\xff\xff", 1), "dimensions"),
+    "huge": (jpeg(7).replace(b"\x00\x70\x00\x70", b"\xff\xff\xff\xff", 1), "decompression bomb"),
     "sampling": (jpeg(7).replace(b"\x03\x01\x22\x00", b"\x03\x01\x34\x00", 1), "subsampling"),
     "revision": (jpeg(7).replace(b"JFIF\x00\x01", b"JFIF\x00\x6c", 1), "JFIF revision"),
     "table": (_bad_table(), "Huffman"),

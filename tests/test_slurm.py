@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from protomem import config, distributed, slurm, state
+from protomem import config, distributed, slurm
 from protomem.data.faces import write_face_set
 from protomem.errors import UserError
 from protomem.trainer import train
