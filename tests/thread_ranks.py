@@ -40,11 +40,18 @@ class _World:
         parts = torch.stack(self.exchange(tensor))
         return tensor.copy_({"sum": torch.sum, "max": torch.amax, "min": torch.amin}[op](parts, 0))
 
-    def all_gather(self, out, tensor):
+    def all_gather(self, out, tensor, async_op=False):
         torch.cat(self.exchange(tensor), out=out)
+        return _Done() if async_op else None
 
-    def reduce_scatter(self, out, tensor):
+    def reduce_scatter(self, out, tensor, async_op=False):
         out.copy_(torch.stack(self.exchange(tensor)).sum(0).chunk(self.size)[self.rank()])
+        return _Done() if async_op else None
+
+
+class _Done:
+    def wait(self):
+        pass
 
 
 class _PoolOfThread(threading.local):
