@@ -10,7 +10,8 @@
 #   KEEP_ALIVE seconds between signs of life of a machine; after three that are missing it counts as lost (default 5)
 #   JOB    a name that differs between jobs sharing a HEAD (default protomem)
 # The output folder and the data must be at the same paths on all machines, the output folder shared between them.
-# The network interface: export NCCL_SOCKET_IFNAME=eth0 (GPUs) or GLOO_SOCKET_IFNAME=eth0 (CPUs) if there are several.
+# The network interface, if there are several: export GLOO_SOCKET_IFNAME=eth0, with GPUs also NCCL_SOCKET_IFNAME=eth0
+# (checkpoints are agreed on by gloo).
 # A lost rank is noticed within distributed.timeout_s; HEAD must be a name or address that its own machine knows itself by.
 set -euo pipefail
 if [ $# -lt 1 ] || [ -z "${HEAD:-}" ] || [ -z "${NODES:-}" ]; then

@@ -15,7 +15,7 @@ from typing import Callable
 
 import torch
 
-from protomem import distributed, state
+from protomem import distributed, flight, state
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ class Saver:
         self.folder, self.keep, self.asynchronous, self.report = folder, keep, asynchronous, report
         self.written = written  # step of the last complete checkpoint
         self.group = distributed.new_cpu_group(timeout_s) if asynchronous else None
-        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        on = (torch.cuda.current_device(),) if torch.cuda.is_initialized() else ()  # a thread begins on device 0
+        self._pool = ThreadPoolExecutor(1, "checkpoint", torch.cuda.set_device if on else None, on)
         self._pending: tuple[Future, int, float, float] | None = None
         self._copies: dict[str, torch.Tensor] = {}
 
@@ -76,7 +77,8 @@ class Saver:
         """Until nothing is being written. Raises UserError if that failed."""
         if self._pending:
             (work, step, begun, waited), self._pending = self._pending, None
-            path, end = work.result()
+            with flight.collective("end of a checkpoint"):
+                path, end = work.result()
             self._complete(step, path, waited, end - begun)
 
     def __enter__(self) -> Saver:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from protomem import distributed, flight, optim, state
 from protomem.background import Saver
 from protomem.errors import UserError
-from protomem.files import remove_temporaries
+from protomem.files import remove_temporaries, replace_file
 from protomem.redact import without_secrets
 
 
@@ -41,6 +41,18 @@ def modules(run) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in all_of_them.items() if module is not None}
 
 
+def _job() -> str:
+    """What a launcher calls this job, over restarts and requeues; empty without one."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
+def _begun_by_this_job(mark: Path, restarted: bool) -> bool:
+    """Whether the run in the folder of `mark` is that of this very job, started again: one that was refused and then restarted
+    by torchrun is not. An elastic job that has grown counts no restart."""
+    again = restarted or int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 or "PROTOMEM_ELASTIC" in os.environ
+    return again and bool(_job()) and mark.is_file() and mark.read_text(errors="replace") == _job()
+
+
 def resume(run) -> Path | None:
     """Load the checkpoint that this run goes on from into its parts, and return it; None for a start. Collective."""
     # A machine that came back counts from 0 again.
@@ -51,7 +63,10 @@ def resume(run) -> Path | None:
         nonlocal found
         remove_temporaries(run.folder)
         state.tidy(run.folder / "checkpoints")
-        found = state.find(run.folder / "checkpoints", run.config.checkpoint.resume, restarted)
+        ours = _begun_by_this_job(run.folder / ".job", restarted)
+        found = state.find(run.folder / "checkpoints", run.config.checkpoint.resume, ours)
+        if job := _job():
+            replace_file(run.folder / ".job", job.encode())
 
     distributed.main_first(find)
     path = distributed.broadcast_object(str(found or "") if run.context.is_main else None)
@@ -106,7 +121,7 @@ def save(run) -> Path:
     if isinstance(rows := run.optimizers.get("prototypes"), optim.RowSGD):
         rows.catch_up()
     tensors = state.named_state(modules(run), run.optimizers)
-    floats = torch.stack([t.detach().isfinite().all() for t in tensors.values() if t.is_floating_point()])
+    floats = torch.stack([t.detach().isfinite().all().to(run.device) for t in tensors.values() if t.is_floating_point()])
     run.finite *= distributed.all_reduce(floats.all().float(), "min")
     run.check_finite()
     for encoder in (run.encoder, run.key_encoder):

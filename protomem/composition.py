@@ -174,6 +174,8 @@ def _optimizer_mistakes(config: DictConfig) -> Iterator[str]:
             f"optimizer.untouched=exact with optimizer.name={o.name}: its missed steps have no closed form; use sgd, or "
             "untouched=lazy"
         )
+    elif o.untouched == "exact" and config.prototypes.rate == 1:
+        yield "optimizer.untouched=exact has no effect with prototypes.rate=1, which draws every row; remove it"
     elif o.untouched == "exact" and o.momentum == 0 and decay == 0:
         yield "optimizer.untouched=exact has no effect without momentum and weight decay; remove it"
     if o.fuse_prototypes:
@@ -188,7 +190,6 @@ def _fused_update_mistakes(config: DictConfig) -> Iterator[str]:
         (config.train.accumulate > 1, f"train.accumulate={config.train.accumulate}: later micro-batches add to the gradient"),
         (o.clip > 0, f"optimizer.clip={o.clip}, which needs the norm of the whole gradient"),
         (config.encoder.precision == "fp16", "encoder.precision=fp16, whose overflows skip a step when gradients are known"),
-        (config.prototypes.empirical.enabled, "prototypes.empirical.enabled=true, whose second loss term adds to the gradient"),
         (o.name == "lamb", "optimizer.name=lamb, which needs the norm of the whole update; use sgd or adamw"),
     ):
         if found:

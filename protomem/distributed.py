@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import inspect
+import itertools
 import os
+import time
 from dataclasses import dataclass
 from typing import Callable
 
@@ -62,7 +64,7 @@ def choose_device(name: str, local_rank: int, local_world: int = 1) -> torch.dev
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if "SLURM_LOCALID" in os.environ and count == 1:
+    if "SLURM_LOCALID" in os.environ and "RANK" not in os.environ and count == 1:
         return torch.device("cuda", 0)
     if local_world > count:
         if name == "auto":
@@ -117,6 +119,9 @@ def new_cpu_group(timeout_s: float):
     """A gloo process group of all ranks for the collectives of another thread; None in a single process. Collective."""
     if world_size() == 1:
         return None
+    interface = os.environ.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
+    if interface and not set(interface) & set("^,:"):  # gloo would take the address of the host's name, which may be 127.0.1.1
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
 
@@ -139,6 +144,9 @@ def barrier() -> None:
             dist.barrier()
 
 
+_turns = itertools.count()
+
+
 def main_first(act: Callable[[], None]) -> None:
     """Do something on rank 0 while the others wait. If it fails, all ranks end; rank 0 says why."""
     problem = None
@@ -147,6 +155,13 @@ def main_first(act: Callable[[], None]) -> None:
             act()
         except UserError as error:
             problem = str(error)
+    if world_size() > 1:  # it may take hours (the index of a large set), and a collective may not
+        key = f"main_first/{next(_turns)}"
+        with flight.collective("waiting for rank 0"):
+            if rank() == 0:
+                store().set(key, "")
+            while not store().check([key]):
+                time.sleep(0.02)
     if broadcast_object(problem) is not None:
         raise UserError(problem) if rank() == 0 else SystemExit(2)
 
@@ -236,8 +251,9 @@ def put_off(act: Callable[[], None]) -> None:
 
 
 def _catch_up() -> None:
-    while _put_off:
-        _put_off.pop(0)()
+    acts, _put_off[:] = _put_off[:], []  # what fails is not tried again in another pass
+    for act in acts:
+        act()
 
 
 class _GatherWithGrad(torch.autograd.Function):

@@ -52,7 +52,7 @@ class collective:
 
 def open_entry() -> list | None:
     """The innermost collective that was begun and is not finished."""
-    return next((entry for entry in reversed(_ring) if entry[ENDED] is None), None)
+    return next((entry for entry in reversed(list(_ring)) if entry[ENDED] is None), None)
 
 
 def idle_s() -> float:

@@ -29,7 +29,8 @@ def one_run(folder: Path, timeout_s: float):
     collective), since ranks on a host that was cut off may live for so long. Raises UserError if it is still held, or
     cannot be written. Where the file system knows no locks there is no protection.
     """
-    restarted = any(int(os.environ.get(k, 0)) for k in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    counts = (int(os.environ.get(k, 0)) for k in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    restarted = any(distributed.gather_objects(any(counts)))  # a machine that came back counts from 0 again
     patience_s = SHARE * timeout_s if restarted else min(PATIENCE_S, SHARE * timeout_s)
     path, made, file = folder / ".lock", [p for p in (folder, *folder.parents) if not p.exists()], None
 

@@ -41,7 +41,7 @@ def hide(text: str) -> str:
 def without_secrets(value: Any) -> Any:
     """A copy of nested dicts and lists: whatever stands under a key that names a secret reads "(hidden)", texts are `hide`d."""
     if isinstance(value, dict):
-        return {k: HIDDEN if v and names_secret(str(k)) else without_secrets(v) for k, v in value.items()}
+        return {hide(str(k)): HIDDEN if v and names_secret(str(k)) else without_secrets(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_secrets(v) for v in value]
     return hide(value) if isinstance(value, str) else value

@@ -19,10 +19,9 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from protomem import checksums, distributed
+from protomem import checksums, distributed, flight
 from protomem.errors import UserError
 from protomem.files import read_json, remove_temporaries, replace_file, sync_folder
 from protomem.metadata import Reader, Writer, read_info
@@ -255,8 +254,11 @@ def _load(state: dict, path: Path, info: dict, metadata, alone: bool) -> None:
     needed = {entry.relative_path for key, entry in metadata.storage_data.items() if key.fqn in state}
     checksums.verify(path, info.get("checksums", {}), needed, alone)
     try:
-        dcp.load(state, storage_reader=Reader(path), no_dist=alone)
+        with flight.collective("loading of the checkpoint"):
+            dcp.load(state, storage_reader=Reader(path), no_dist=alone)
     except (dcp.api.CheckpointException, Exception) as error:  # damaged bytes make torch's readers fail in any way
+        if re.search("gloo|nccl", str(error), re.IGNORECASE):
+            raise  # a rank is gone, not a file damaged
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise UserError(f"checkpoint {path} is damaged ({reason}); take another checkpoint") from None
 
@@ -323,7 +325,7 @@ def average_statistics(encoder: torch.nn.Module) -> None:
     if distributed.world_size() == 1 or not floats:
         return
     flat = torch.cat([b.flatten() for b in floats])
-    dist.all_reduce(flat)
+    distributed.all_reduce(flat)
     flat /= distributed.world_size()
     for buffer, values in zip(floats, flat.split([b.numel() for b in floats])):
         buffer.copy_(values.view_as(buffer))

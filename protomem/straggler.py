@@ -13,12 +13,23 @@ LEAST_S = 0.5  # per interval: less than this more than the usual rank is noise 
 
 
 class Stopwatch:
-    """Adds up the seconds of a module's forward passes: on a GPU between events of its stream, without waiting."""
+    """Adds up the seconds of calls of the encoder: on a GPU between events of its stream, without waiting."""
 
-    def __init__(self, module: torch.nn.Module, device: torch.device):
-        self.cuda, self.begun, self.events, self.seconds = device.type == "cuda", None, [], 0.0
-        module.register_forward_pre_hook(self._begin)
-        module.register_forward_hook(self._end)
+    def __init__(self, device: torch.device):
+        self.cuda, self.events, self.seconds = device.type == "cuda", [], 0.0
+
+    def around(self, call):
+        """`call`, with the time that it takes added up here. Not hooks of the module: a compiled one would trace them."""
+
+        def timed(*given):
+            begun = self._mark()
+            out = call(*given)
+            self._add(begun)
+            return out
+
+        if hasattr(call, "no_sync"):  # DDP's, for micro-batches
+            timed.no_sync = call.no_sync
+        return timed
 
     def _mark(self):
         if not self.cuda:
@@ -27,14 +38,11 @@ class Stopwatch:
         event.record()
         return event
 
-    def _begin(self, *_) -> None:
-        self.begun = self._mark()
-
-    def _end(self, *_) -> None:
+    def _add(self, begun) -> None:
         if self.cuda:
-            self.events.append((self.begun, self._mark()))
+            self.events.append((begun, self._mark()))
         else:
-            self.seconds += self._mark() - self.begun
+            self.seconds += self._mark() - begun
 
     def read(self) -> float:
         """Seconds since the last call. On a GPU it waits for the last pass: call it where that is done anyway."""

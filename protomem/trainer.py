@@ -40,7 +40,13 @@ class Run:
         self.config, self.context, self.device = config, context, context.device
         self.folder, self.step, self.overflows = Path(config.output), 0, 0
         self.goes_on = False  # after a stop that concerned other machines only
-        self.best = state.best_so_far(self.folder / "checkpoints")
+        self.best = None
+
+        def look():
+            self.best = state.best_so_far(self.folder / "checkpoints")
+
+        distributed.main_first(look)  # whether an evaluation is the best decides whether all save: what rank 0 reads counts
+        self.best = distributed.broadcast_object(self.best)
         checks.graphs(config, self.device)
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
@@ -113,23 +119,29 @@ class Run:
                 backend=c.data.loader,
                 size=c.data.size,
             )
-        for name, result in results.items():
-            self.log.event("evaluation", step=self.step, tag=tag, name=name, **result.summary())
         if self.context.is_main:
             save_evaluation(self.folder, tag, results, {name: read_bin(path)[0] for name, path in self.sets.items()})
+        for name, result in results.items():
+            self.log.event("evaluation", step=self.step, tag=tag, name=name, **result.summary())
         return results
 
     def _killed_before_evaluation(self, resumed: Path) -> bool:
-        """Whether this run's checkpoint is all that there is of this step. Equal on all ranks."""
+        """Whether this run's checkpoint has not been evaluated, or is not yet known as the best. Equal on all ranks."""
         if resumed.parent != (self.folder / "checkpoints").resolve():  # of another run
             return False
         events = read_metrics(self.folder) if self.context.is_main else []
         events = [e for e in events if e.get("event") == "evaluation" and e["step"] == self.step and e["tag"] != "initial"]
-        return distributed.broadcast_object(not set(self.sets) <= {e["name"] for e in events})
+        found = {e["name"]: e.get("accuracy") for e in events}
+        best = self.best["accuracy"] if self.best and self.best["set"] == self._decisive() else -1.0
+        unmarked = (found.get(self._decisive()) or -1.0) > best
+        return distributed.broadcast_object(unmarked or not set(self.sets) <= set(found))
+
+    def _decisive(self) -> str | None:
+        return self.config.checkpoint.best or next(iter(self.sets), None)
 
     def _improved(self, results: dict) -> bool:
         """Whether checkpoint.best (a pair set; null: the first) has its highest accuracy so far; remembers it."""
-        name = self.config.checkpoint.best or next(iter(self.sets))
+        name = self._decisive()
         accuracy = results[name].summary()["accuracy"]
         if self.best is not None and self.best["set"] == name and accuracy <= self.best["accuracy"]:
             return False
@@ -170,7 +182,10 @@ class Run:
             if finished and self.context.is_main:
                 self.log.event("report", path=str(write_report(self.folder)))
             elif self.context.is_main and not self.goes_on:  # for scripts: torchrun does not pass on which of the two it was
-                replace_file(marker, f"at step {self.step} of {self.total} by {stop.reason()}\n".encode())
+                try:
+                    replace_file(marker, f"at step {self.step} of {self.total} by {stop.reason()}\n".encode())
+                except OSError:  # a full disk; all is saved, so this must not look like a failure
+                    marker.touch()
             return finished
 
     def prepare(self) -> None:
@@ -179,9 +194,10 @@ class Run:
         model.train()
         if self.context.world_size > 1:
             self._settle_buckets(model)
-        self.model = compiled(model, self.config.encoder.compile)
-        self.stopwatch = straggler.Stopwatch(self.model, self.device)
-        self.saved, self.finite = self.step, torch.ones((), device=self.device)
+        self.stopwatch = straggler.Stopwatch(self.device)
+        self.model = self.stopwatch.around(compiled(model, self.config.encoder.compile))
+        self.saved = self.first = self.step
+        self.finite = torch.ones((), device=self.device)
         self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": time.monotonic(), "from": self.step}
 
     def _train(self, stop: StopRequest) -> bool:
@@ -285,7 +301,8 @@ class Run:
 
     def _one_step(self, batch) -> dict[str, torch.Tensor]:
         c, rank = self.config, self.context.rank
-        flight.at_step(self.step + 1)
+        compiles = c.encoder.compile != "off" and self.step == self.first  # which may take minutes
+        flight.at_step(None if compiles else self.step + 1)
         lr = self._learning_rate(self.step)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)

@@ -26,10 +26,12 @@ import torch.distributed as dist
 from protomem import distributed, flight
 from protomem.errors import UserError
 from protomem.files import replace_file
+from protomem.redact import hide
 
 LOOK_S = 1.0  # between looks for an alarm (our default)
 GRACE_S = 3.0  # that a rank has to answer one, and then to end by itself (our default)
 # What RuntimeErrors of a process group speak of, and those of a computation do not.
+GROUP = re.compile("gloo|nccl", re.IGNORECASE)
 CONNECTION = re.compile("gloo|nccl|connect|timed out|timeout|socket|broken pipe", re.IGNORECASE)
 
 
@@ -65,7 +67,7 @@ class Watch:
         store = dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=30))
         self.store = dist.PrefixStore(f"watch/{key}", store)
         self.woken, self.noticed, self.told = threading.Event(), threading.Event(), threading.Event()
-        self.stopped = False
+        self.stopped = self.quiet = False
         self.own_end = self.error = self.verdict = None
         # NCCL ends the process itself at the time-out, after writing its own record.
         self.patience_s = GRACE_S if device.type == "cpu" else 10 * GRACE_S
@@ -80,8 +82,10 @@ class Watch:
     def explain(self, error: BaseException) -> UserError | None:
         """Tell the others that this rank ends with `error`. A UserError in its place if a collective failed."""
         of_the_group = isinstance(error, RuntimeError) and CONNECTION.search(str(error)) is not None
-        failed = of_the_group and flight.open_entry() is not None
-        self.error = (str(error) or type(error).__name__).strip().splitlines()[0]
+        failed = of_the_group and (flight.open_entry() is not None or GROUP.search(str(error)) is not None)
+        self.error = hide((str(error) or type(error).__name__).strip().splitlines()[0])
+        # A mistake of the user, told in a line: no record, and nothing in a folder that another run may be using.
+        self.quiet = isinstance(error, (SystemExit, UserError)) and not failed
         self.own_end = None if failed else f"{type(error).__name__}: {self.error}"
         self.noticed.set()
         self.woken.set()
@@ -150,6 +154,8 @@ class Watch:
         return verdict(records, [r for r in found if r not in records], self.name, self.error)
 
     def _write(self) -> None:
+        if self.quiet:
+            return
         shown = {"rank": self.rank, "host": self.hosts[self.rank], "pid": os.getpid(), "time": round(time.time(), 3)}
         shown |= {"verdict": self.verdict, "error": self.error, **flight.record()}
         with contextlib.suppress(OSError):  # a full disk must not hide the verdict

@@ -126,7 +126,7 @@ def test_nothing_of_the_size_of_the_shard_is_made():
     "setting",
     [
         *("head.backend=dense", "train.accumulate=2", "optimizer.clip=5", "encoder.precision=fp16"),
-        *("prototypes.empirical.enabled=true", "optimizer.name=lamb", "prototypes.source=sampled"),
+        *("optimizer.name=lamb", "prototypes.source=sampled"),
     ],
 )
 def test_what_needs_the_whole_gradient_is_refused(setting):

@@ -110,7 +110,7 @@ SOF, SOS, DQT, DHT = (find(JPEG, marker) for marker in (0xC0, 0xDA, 0xDB, 0xC4))
         (patched(JPEG, SOF + 4, b"\x0c"), "12 bits per sample"),
         (patched(JPEG, SOF + 5, b"\0\0"), "bad dimensions 112 x 0"),
         (patched(JPEG, SOF + 7, b"\0\0"), "bad dimensions 0 x 112"),
-        (patched(JPEG, SOF + 5, b"\xff\xff\xff\xff"), "bad dimensions 65535 x 65535"),
+        (patched(JPEG, SOF + 5, b"\xff\xff\xff\xff"), "65535 x 65535 pixels: a decompression bomb"),
         (patched(JPEG, SOF + 9, b"\x04"), "4 colour components"),
         (patched(JPEG, SOF + 9, b"\x01"), "frame header of wrong length"),
         (patched(JPEG, SOF + 11, b"\x05"), "bad sampling factors"),

@@ -120,7 +120,7 @@ def in_the_copy(rank, number, own):
 
 
 def child(settings, rank, world, port, arm):
-    os.environ.update(rank_env(rank, world, port))
+    os.environ.update(rank_env(rank, world, port, world))
     arm[0](*arm[1:], rank)
     train(settings)
     os._exit(0)

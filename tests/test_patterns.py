@@ -152,7 +152,7 @@ def test_options_are_checked():
         ("tail=2", "tail is 0"),
         ("hard=3", "hard is 0"),
         ("images=1,tail=1", "tail=1 need images >= 2"),
-        (f"first={2**63}", "first < 2"),
+        (f"first={2**63}", "whole numbers"),
         ("first=-1", "whole numbers"),
         ("tall=1", "'tall=1' is not one"),
     ):

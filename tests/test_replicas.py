@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from protomem import config, distributed, replicas, straggler, trainer
+from protomem.encoder.compiled import compiled
 from protomem.encoder.small import SmallNet
 from tests.ranks import run_ranks
 from tests.test_memory_training import BASE
@@ -122,3 +123,11 @@ def test_even_ranks_are_not_named():
     assert run_ranks(3, work, [0.001, 0.001, 0.4]) == [None] * 3  # a ratio, but of nothing
     slow = run_ranks(3, work, [10.0, 25.0, 11.0])
     assert slow[0] == slow[2] and slow[0] | {"host": ""} == dict(rank=1, host="", ratio=2.27, s_per_step=2.5, usual=1.1)
+
+
+@pytest.mark.parametrize("mode", ["off", "default", "graphs"])
+def test_the_stopwatch_takes_whatever_runs_the_encoder(mode):
+    watch = straggler.Stopwatch(torch.device("cpu"))
+    timed = watch.around(compiled(torch.nn.Identity(), mode))
+    if mode == "off":  # the others compile at their first call
+        assert timed(3) == 3 and 0 < watch.read() < 5 and watch.read() == 0

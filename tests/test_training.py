@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from protomem import config, distributed, state, trainer
+from protomem import checkpointing, config, distributed, state, trainer
 from protomem.errors import UserError
 from protomem.trainer import train
 from tests.ranks import run_ranks
@@ -252,7 +252,8 @@ def test_a_slow_loader_shows_as_waiting(monkeypatch):
         run.device, run.finite, run.memory = run.context.device, torch.ones(()), None
         run.step, run.epoch_steps, run.total = 1, 4, 9
         run.log = types.SimpleNamespace(step=lambda step, values: shown.append({k: float(v) for k, v in values.items()}))
-        run.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": now[0]}
+        run.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": now[0], "from": 0}
+        run.stopwatch = types.SimpleNamespace(read=lambda: 0.0)
         run.config = config.load([], settings("x", "y", "evaluate.every=1", "data.eval=[z]", "checkpoint.every=0"))
         run.sets = {"z": "z.bin"}
         run.evaluate, run._improved = lambda tag: now.__setitem__(0, now[0] + 50.0), lambda results: False
@@ -266,3 +267,20 @@ def test_a_slow_loader_shows_as_waiting(monkeypatch):
 
     expected = {"epoch": 0.25, "images_per_s": 6.0, "data_wait": 0.75, "skipped_images": 2.0}
     assert run_ranks(2, work) == [[expected] * 4] * 2
+
+
+@pytest.mark.parametrize(
+    "job, mark, restarts, ours",
+    [("a", "a", 1, True), ("a", "b", 1, False), ("a", None, 1, False), ("a", "a", 0, False), ("", "", 1, False)],
+)
+def test_resume_none_goes_on_only_with_the_job_that_began(tmp_path, monkeypatch, job, mark, restarts, ours):
+    """A run that was refused and then restarted by torchrun is refused again; a requeued one goes on."""
+    for name in ("SLURM_JOB_ID", "PROTOMEM_ELASTIC", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    if job:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+    if mark is not None:
+        (tmp_path / ".job").write_text(mark)
+    assert checkpointing._begun_by_this_job(tmp_path / ".job", restarts > 0) == ours
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert checkpointing._begun_by_this_job(tmp_path / ".job", False) == (ours or (job == mark == "a"))

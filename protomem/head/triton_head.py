@@ -264,9 +264,9 @@ class _Head(torch.autograd.Function):
         d_own, g_row = own_gradients(x, g_cos, columns, ctx.has_own)
         d_live = _live_gradient(ctx, x, cos_y, level, threshold, weight, g_row) if ctx.has_live else None
         if ctx.wants_dw:
-            columns.sink.once()
 
             def fill_sink():
+                columns.sink.once()
                 if chunks.c:
                     to_targets = target_gradients(x, g_row, cos_y, mine, plain, inverse, columns)
                     _fill_sink(ctx, inverse, level, threshold, weight, to_targets)

@@ -50,9 +50,12 @@ def changes(case: Case) -> list[Change]:
         (("optimizer.name=sgd",), "one moment instead of two"),
         ((f"encoder.embedding_size={case.size // 2}",), "smaller embeddings"),
     ]
+    # What goes with the source that is there would have the others refused.
+    off = ["optimizer.fuse_prototypes=false"] if c.optimizer.fuse_prototypes else []
+    off += ["optimizer.untouched=lazy"] if c.optimizer.untouched == "exact" else []
     if case.source == "classifier":
         tried.append((("optimizer.fuse_prototypes=true",), "the same updates inside the backward: no gradient of the rows"))
-        sampled = ("prototypes.source=sampled", "prototypes.rate=0.1")
+        sampled = (*off, "prototypes.source=sampled", "prototypes.rate=0.1")
         tried.append((sampled, "Partial FC: no gradient of the rows that are not drawn"))
     if case.source == "sampled":
         tried.append(((f"prototypes.rate={p.rate / 2:g}",), "fewer negatives in a step"))
@@ -61,7 +64,7 @@ def changes(case: Case) -> list[Change]:
         tried.append((("prototypes.memory.storage=bf16",), "rows rounded to 0.4 %"))
         tried.append((("prototypes.memory.gradient=none",), "stored rows do not learn"))
     else:
-        memory = ("prototypes.source=memory", "prototypes.memory.size=100000", "data.sampler.name=mixed")
+        memory = (*off, "prototypes.source=memory", "prototypes.memory.size=100000", "data.sampler.name=mixed")
         tried.append((memory, "prototypes made from the batch: 4 bytes an identity"))
     if p.empirical.enabled:
         tried.append((("prototypes.empirical.enabled=false",), "without EPL's second term"))

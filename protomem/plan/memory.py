@@ -195,8 +195,12 @@ def _optimizer_work(case: Case) -> dict[str, float]:
 
 def checkpoint_bytes(case: Case) -> dict[str, float]:
     """Of one checkpoint on disk, by component, over all ranks. What training.json and DCP's own headers take is not in it."""
+    return _state_bytes(case, case.slots + case.config.quality.unrecognizable.pinned if case.source == "memory" else case.identities)
+
+
+def _state_bytes(case: Case, one: int) -> dict[str, float]:
+    """Of all that is state, with `one` rows of the prototypes."""
     e, p, row = case.encoder, case.config.prototypes, 4 * case.size
-    one = case.slots + case.config.quality.unrecognizable.pinned if case.source == "memory" else case.identities
     out = {
         "encoder": (e.weights + e.buffers) * (1 + case.key_encoder),
         "encoder optimizer": moments(case) * e.trained,
@@ -206,7 +210,8 @@ def checkpoint_bytes(case: Case) -> dict[str, float]:
         out["memory bookkeeping (24 bytes a slot)"] = 24 * case.slots
     else:
         out["classifier rows"] = one * row
-        counts = 8 * one if case.source == "sampled" and case.config.optimizer.name == "adamw" else 0
+        o = case.config.optimizer
+        counts = 8 * one if case.source == "sampled" and (o.name == "adamw" or o.untouched == "exact") else 0
         out["optimizer of the rows"] = moments(case) * one * row + counts
     if p.injection.weight > 0:
         out["features to inject (VPL)"] = one * (row + 8)
@@ -222,9 +227,11 @@ def checkpoint_bytes(case: Case) -> dict[str, float]:
 
 
 def host_bytes(case: Case) -> dict[str, float]:
-    """Of each rank's process, by the sampler; a library's own memory is not in it."""
+    """Of each rank's process, by the sampler and by checkpoints; a library's own memory is not in it."""
     s = case.config.data.sampler
     out = {}
+    if case.config.checkpoint.asynchronous:
+        out["copy of the state for checkpoints (checkpoint.asynchronous)"] = sum(_state_bytes(case, case.rows).values())
     if case.images:
         out["labels of the records (8 bytes each)"] = 8.0 * case.images
     if s.name != "shuffled":

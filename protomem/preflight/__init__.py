@@ -14,6 +14,7 @@ from protomem.errors import UserError
 from protomem.files import replace_file
 from protomem.preflight import fabric, facts, shared, show, slow
 from protomem.preflight.ranks import GRACE_S, Watch, give_up, host, limit, meet
+from protomem.redact import without_secrets
 
 
 def preflight(
@@ -43,7 +44,7 @@ def preflight(
             all_facts = watch.gather(facts.of_this_rank(context, config, config_error))
         if errors := [f["config_error"] for f in all_facts if f["config_error"]]:
             _refuse(errors, all_facts, context)
-        found = measure(watch, context, config, all_facts, output, clock_limit_s, slow_factor)
+        found = without_secrets(measure(watch, context, config, all_facts, output, clock_limit_s, slow_factor))
         if context.is_main:
             (show.print_json if json_output else show.print_report)(found)
             if output is not None:
