@@ -106,7 +106,6 @@ UNDEFINED = {
             "accumulation": "train.accumulate=2",
             "clipping": "optimizer.clip=5",
             "fp16": "encoder.precision=fp16",
-            "EPL": "prototypes.empirical.enabled=true",
             "LAMB": "optimizer.name=lamb",
         }.items()
     },

@@ -119,7 +119,7 @@ def _check(metadata, folder: Path) -> None:
         if not isinstance(dtype, torch.dtype) or min(entry.size, default=0) < 0:
             raise ValueError(f"{name} has no dtype or no size")
         if math.prod(entry.size) * dtype.itemsize > sum(sizes.values()):
-            raise ValueError(f"{name} is larger than all files together")
+            raise ValueError(f"{name} is larger than all files together: damaged, or a file is missing")
         if not isinstance(entry.chunks, list):
             raise ValueError(f"{name} has no chunks")
         for chunk in entry.chunks:

@@ -3,7 +3,6 @@
 import functools
 import shutil
 
-
 import numpy as np
 import pytest
 import torch
@@ -163,3 +162,11 @@ def test_a_run_may_switch_it_on_when_it_goes_on_with_other_ranks(small_set, tmp_
     plain = trained(2, small_set, tmp_path / "plain", *more, "schedule.steps=4")
     fused = trained(2, small_set, tmp_path / "fused", *more, "schedule.steps=4", "optimizer.fuse_prototypes=true")
     assert plain == fused and len(plain) == 4
+
+
+def test_with_empirical_prototypes(small_set, tmp_path):
+    """EPL's second term has constant rows, so the shard's gradient is still written once: the same training, bit for bit."""
+    epl = ("prototypes.empirical.enabled=true", "prototypes.empirical.start_epoch=0.1")
+    more = ("schedule.steps=5", "schedule.warmup_steps=0", "optimizer.clip=0", *epl)
+    plain = trained(2, small_set, tmp_path / "plain", *more)
+    assert trained(2, small_set, tmp_path / "fused", *more, "optimizer.fuse_prototypes=true") == plain

@@ -228,7 +228,7 @@ def test_a_checkpoint_copied_in_part(runs):  # noqa: F811
         assert state.newest(folder / "checkpoints").name == "step-00000004"
         shutil.rmtree(folder / "checkpoints" / "step-00000005")
     next((folder / "checkpoints" / "step-00000004").glob("__0_*")).unlink()
-    with pytest.raises(UserError, match="step-00000004 is damaged .__0_0.distcp cannot be read: No such file"):
+    with pytest.raises(UserError, match="step-00000004.*a file is missing"):
         train(runs.settings("copied"))
     assert steps_of(folder) == [2, 4]  # both are still there
 

@@ -253,7 +253,7 @@ def test_a_slow_loader_shows_as_waiting(monkeypatch):
         run.step, run.epoch_steps, run.total = 1, 4, 9
         run.log = types.SimpleNamespace(step=lambda step, values: shown.append({k: float(v) for k, v in values.items()}))
         run.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": now[0], "from": 0}
-        run.stopwatch = types.SimpleNamespace(read=lambda: 0.0)
+        run.stopwatch, run._find_straggler = None, lambda: None
         run.config = config.load([], settings("x", "y", "evaluate.every=1", "data.eval=[z]", "checkpoint.every=0"))
         run.sets = {"z": "z.bin"}
         run.evaluate, run._improved = lambda tag: now.__setitem__(0, now[0] + 50.0), lambda results: False
