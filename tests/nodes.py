@@ -6,13 +6,14 @@ was made and started here is ever removed or ended.
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+
+from tests import debian
 
 ADDRESS = "10.77.0.{}"
 
@@ -21,13 +22,8 @@ def need_namespaces() -> None:
     """Skip the test, with the reason, where nodes cannot be made."""
     if os.geteuid() != 0:
         pytest.skip("nodes are network namespaces, which only root can make")
-    if not shutil.which("ip") and shutil.which("apt-get"):
-        env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["apt-get", "update"], ["apt-get", "install", "-y", "-q", "--no-install-recommends", "iproute2"]):
-            subprocess.run(command, env=env, capture_output=True, timeout=300)
-    for tool in ("ip", "nsenter", "unshare"):
-        if not shutil.which(tool):
-            pytest.skip(f"nodes are network namespaces, and {tool} is not installed")
+    if reason := debian.why_not(("ip", "nsenter", "unshare"), ("iproute2", "util-linux")):
+        pytest.skip(reason)
 
 
 def _ip(*arguments, check=True):

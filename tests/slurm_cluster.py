@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests import debian
 from tests.ranks import free_port
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
@@ -57,20 +58,9 @@ PartitionName=high Nodes=n1,n2 MaxTime=UNLIMITED State=UP PriorityTier=10 Preemp
 
 def why_not() -> str | None:
     """Install what is missing; the reason why there can be no Slurm here, if there is one."""
-    missing = [name for name in PROGRAMS if not shutil.which(name)]
-    if not missing:
-        return None if os.geteuid() == 0 else "Slurm's daemons are here, but only root may start them for this test"
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
-        return f"{', '.join(missing)} not installed, and only root can install {' '.join(PACKAGES)} by apt-get"
-    quiet = dict(capture_output=True, text=True, timeout=300, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
-    for command in (["update", "-q"], ["install", "-y", "-q", "--no-install-recommends", *PACKAGES]):
-        try:
-            done = subprocess.run(["apt-get", *command], **quiet)
-        except subprocess.TimeoutExpired:
-            return f"apt-get {command[0]} did not end within 300 s"
-        if done.returncode:
-            return f"apt-get {command[0]} failed: {(done.stderr or done.stdout).strip().splitlines()[-1:]}"
-    return None
+    if reason := debian.why_not(PROGRAMS, PACKAGES):
+        return reason
+    return None if os.geteuid() == 0 else "Slurm's daemons are here, but only root may start them for this test"
 
 
 class Cluster:
