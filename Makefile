@@ -23,7 +23,7 @@ quickstart: setup
 	PYTHON=$(BIN)/python launch/local.sh $(RANKS) configs/quickstart.yaml
 
 test: setup
-	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --durations=12 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --durations=12 tests
 
 clean:
 	rm -rf runs/quickstart data/quickstart

@@ -376,7 +376,7 @@ def test_the_phases_change_at_their_step(small_set, tmp_path, monkeypatch):
     seen, inner = [], trainer.forward_backward
 
     def watched(parts, encoder, *args, **kwargs):
-        seen.append((encoder.dropout.p, kwargs["extras"].key_encoder.encoder.dropout.p))
+        seen.append((kwargs["extras"].encoder.dropout.p, kwargs["extras"].key_encoder.encoder.dropout.p))
         return inner(parts, encoder, *args, **kwargs)
 
     monkeypatch.setattr(trainer, "forward_backward", watched)

@@ -121,6 +121,7 @@ def in_the_copy(rank, number, own):
 
 def child(settings, rank, world, port, arm):
     os.environ.update(rank_env(rank, world, port, world))
+    torch.set_num_threads(1)  # a pool of threads does not survive the fork: more would wait for it for ever
     arm[0](*arm[1:], rank)
     train(settings)
     os._exit(0)
