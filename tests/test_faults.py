@@ -266,3 +266,21 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(runs, tmp_path, monk
         train(settings)
         assert evaluations() == [("final", 4)]
         assert (folder / "checkpoints" / "best").resolve().name == "step-00000004"
+
+
+def test_an_evaluation_whose_checkpoint_was_not_marked_yet_is_made_up_for(runs, tmp_path, monkeypatch):  # noqa: F811
+    """Killed between the evaluation's line in the log and the link to the best checkpoint."""
+    write_bin(tmp_path / "pairs.bin", [jpeg for jpeg, _ in coloured_images(8, 5)], [True, False] * 10)
+    settings = runs.settings("unmarked")
+    settings.data.eval, settings.evaluate.initial, settings.schedule.steps = [str(tmp_path / "pairs.bin")], False, 4
+
+    def killed(*_):
+        raise UserError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="killed"):
+        patch.setattr(state, "mark_best", killed)
+        train(settings)
+    folder = runs.folder / "unmarked" / "checkpoints"
+    assert not (folder / "best").exists()
+    train(settings)
+    assert (folder / "best").resolve().name == "step-00000004" and (folder / "best.json").is_file()

@@ -284,3 +284,19 @@ def test_resume_none_goes_on_only_with_the_job_that_began(tmp_path, monkeypatch,
     assert checkpointing._begun_by_this_job(tmp_path / ".job", restarts > 0) == ours
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert checkpointing._begun_by_this_job(tmp_path / ".job", False) == (ours or (job == mark == "a"))
+
+
+def test_resume_none_under_a_launcher(small_set, tmp_path, monkeypatch):
+    more = ("schedule.warmup_steps=0", "checkpoint.every=2", "checkpoint.resume=none")
+
+    def start(job, restarts, steps):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        train(config.load([], settings(small_set, tmp_path / "run", *more, f"schedule.steps={steps}")))
+
+    start("a", 0, 2)
+    start("a", 1, 4)
+    assert [p.name for p in state.checkpoints(tmp_path / "run" / "checkpoints")][-1] == "step-00000004"
+    for restarts in (0, 1):  # refused, restarted by torchrun, and refused again
+        with pytest.raises(UserError, match="holds a run"):
+            start("b", restarts, 6)
