@@ -72,3 +72,13 @@ def test_a_missing_file_and_an_old_checkpoint_without_checksums(trained, small_s
     lost.unlink()
     with pytest.raises(UserError, match=f"{lost.name} cannot be read"):
         train(config.load([], settings(small_set, tmp_path / "cut", *MORE)))
+
+
+def test_a_rank_that_is_lost_while_loading_is_no_damage(trained, small_set, tmp_path, monkeypatch):
+    def lost(*_, **__):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+    monkeypatch.setattr(state.dcp, "load", lost)
+    shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    with pytest.raises(RuntimeError, match="gloo"):
+        train(config.load([], settings(small_set, tmp_path / "run", *MORE)))

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from protomem import distributed, flight, watch
+from protomem import config, distributed, flight, trainer, watch
 from protomem.errors import UserError
 from tests.ranks import run_ranks
 
@@ -143,3 +143,11 @@ def test_different_collectives_are_told_apart():
 def test_a_quiet_run_is_left_alone(tmp_path):
     assert [message for message, _ in run_ranks(WORLD, training, tmp_path, lambda: time.sleep(0.1))] == [""] * WORLD
     assert not list(tmp_path.glob("flight-*"))
+
+
+def test_a_users_mistake_leaves_no_records(tmp_path):
+    """Nothing is left of a run that was refused, and nothing is put into a folder that another run may be using."""
+    given = ["data.train=/nowhere", f"output={tmp_path / 'run'}", "schedule.steps=2", "schedule.epochs=0", "encoder.name=small"]
+    with pytest.raises(AssertionError, match="/nowhere"):
+        run_ranks(2, lambda: trainer.train(config.load([], given)))
+    assert not (tmp_path / "run").exists()
