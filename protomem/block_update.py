@@ -14,10 +14,10 @@ from torch.optim.sgd import sgd
 
 
 class BlockUpdate:
-    """Steps the rows of `parameter` [C, D], the only one of `optimizer` (torch's SGD or AdamW), block by block.
+    """Steps the rows of `parameter` [C, K * D], the only one of `optimizer` (torch's SGD or AdamW), block by block.
 
-    Once in a step: `begin()`, then `update(start, stop, grad)` for blocks that cover all rows once. The optimizer's own
-    `step` must find no gradient on the parameter.
+    Once in a step: `begin()`, then `update(start, stop, grad)` for blocks that cover all C * K rows of D numbers once. The
+    optimizer's own `step` must find no gradient on the parameter.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter):
@@ -39,13 +39,17 @@ class BlockUpdate:
     def __call__(self, start: int, stop: int, grad: torch.Tensor) -> None:
         """grad [stop - start, D]: d loss / d rows start:stop."""
         group, state = self.optimizer.param_groups[0], self.optimizer.state[self.parameter]
-        rows = [self.parameter.detach()[start:stop]]
+
+        def rows_of(whole: torch.Tensor) -> torch.Tensor:
+            return whole.view(-1, grad.shape[1])[start:stop]
+
+        rows = [rows_of(self.parameter.detach())]
         common = {key: group[key] for key in ("lr", "weight_decay", "maximize", "foreach", "fused")}
         if self.adam:
-            moments = ([state[key][start:stop]] for key in ("exp_avg", "exp_avg_sq"))
+            moments = ([rows_of(state[key])] for key in ("exp_avg", "exp_avg_sq"))
             beta1, beta2 = group["betas"]
             options = {"beta1": beta1, "beta2": beta2, **{key: group[key] for key in ("eps", "amsgrad", "capturable")}}
             adamw(rows, [grad], *moments, [], [self.before.clone()], **common, **options)  # which counts the step itself
         else:
-            buffers = [state["momentum_buffer"][start:stop] if group["momentum"] else None]
+            buffers = [rows_of(state["momentum_buffer"]) if group["momentum"] else None]
             sgd(rows, [grad], buffers, **common, **{key: group[key] for key in ("momentum", "dampening", "nesterov")})

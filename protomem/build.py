@@ -84,7 +84,7 @@ def prototypes_from(config: DictConfig, num_identities: int, device: torch.devic
     injection = injection_from(config, num_identities)
     if p.source == "memory":
         return memory_from(config, num_identities, total_steps, injection).to(device)
-    options = {"seed": mix(config.train.seed, 2), "std": p.init_std, "injection": injection}
+    options = {"seed": mix(config.train.seed, 2), "std": p.init_std, "injection": injection, "sub_centers": p.sub_centers}
     if p.source == "sampled":
         shard = SampledShard(num_identities, size, rate=p.rate, **options)
     else:

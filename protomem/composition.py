@@ -81,6 +81,11 @@ def _injection_mistakes(config: DictConfig) -> Iterator[str]:
     i, p = config.prototypes.injection, config.prototypes
     if i.weight == 0:
         return
+    if p.sub_centers > 1:
+        yield (
+            f"prototypes.injection with prototypes.sub_centers={p.sub_centers}: nobody has said into which of an identity's "
+            "prototypes its feature goes; use one of the two"
+        )
     if i.weight >= 1:
         yield f"prototypes.injection.weight={i.weight}: nothing of the prototype would be left; use less than 1 (0.15)"
     if (i.passes > 0) + (i.coverage > 0) + (i.steps != 200) > 1:

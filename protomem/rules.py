@@ -59,6 +59,7 @@ AT_LEAST = {
     "optimizer.head.lr": 0,
     "optimizer.head.weight_decay": 0,
     "prototypes.init_std": 1e-12,
+    "prototypes.sub_centers": 1,
     "prototypes.memory.size": 1,
     "prototypes.memory.momentum": 0,
     "prototypes.memory.key_encoder": 0,
@@ -100,7 +101,13 @@ AT_LEAST = {
     "distributed.straggler": 0,
 }
 # What a slip of the finger, or somebody else's file, must not make anyone allocate (our default).
-AT_MOST = {"data.size": 4096, "data.threads": 1024, "data.prefetch": 1024, "encoder.embedding_size": 65_536}
+AT_MOST = {
+    "data.size": 4096,
+    "data.threads": 1024,
+    "data.prefetch": 1024,
+    "encoder.embedding_size": 65_536,
+    "prototypes.sub_centers": 64,
+}
 # A setting without effect is a mistake: these keys may only leave their default where the other key has such a value.
 ONLY_WITH = {
     "data.sampler.images_per_identity": ("data.sampler.name", ("balanced", "mixed", "group")),
@@ -110,6 +117,7 @@ ONLY_WITH = {
     "data.sampler.passes": ("data.sampler.name", ("group",)),
     "prototypes.rate": ("prototypes.source", ("sampled",)),
     "prototypes.init_std": ("prototypes.source", ("classifier", "sampled")),
+    "prototypes.sub_centers": ("prototypes.source", ("classifier", "sampled")),
     **{f"prototypes.memory.{f.name}": ("prototypes.source", ("memory",)) for f in fields(Memory)},
     "quality.estimator": ("prototypes.source", ("memory",)),
     **{f"quality.{k}": ("quality.estimator", ESTIMATORS) for k in ("usage", "warmup", "loss_weight")},

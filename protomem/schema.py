@@ -95,6 +95,7 @@ class Prototypes:
     source: str = "classifier"
     rate: float = 0.1
     init_std: float = 0.01
+    sub_centers: int = 1
     memory: Memory = field(default_factory=Memory)
     injection: Injection = field(default_factory=Injection)
     empirical: Empirical = field(default_factory=Empirical)

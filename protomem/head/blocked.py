@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 
 from protomem import distributed
+from protomem.head.centers import pool, resolved, spread
 from protomem.head.contract import Columns, Negatives, combine, early_cos_y, inverse_norm
 from protomem.head.mixer import Mixer, restoring
 from protomem.head.operands import Operands
@@ -65,9 +66,10 @@ _pool = _Pool()
 
 
 def _hide(z, columns: Columns, start: int, stop: int) -> None:
-    """Take targets and empty rows out of the logits z [B, K] of rows start:stop. No host sync."""
-    inside = (columns.target >= start) & (columns.target < stop)
-    place = (columns.target - start).clamp(0, stop - start - 1)[:, None]
+    """Take targets and empty rows out of the logits z [B, K] of rows start:stop, or of their identities. No host sync."""
+    target, start, stop = columns.target // columns.centers, start // columns.centers, stop // columns.centers
+    inside = (target >= start) & (target < stop)
+    place = (target - start).clamp(0, stop - start - 1)[:, None]
     z.scatter_(1, place, torch.where(inside[:, None], torch.full_like(place, HIDDEN, dtype=z.dtype), z.gather(1, place)))
     if columns.valid is not None:
         z.masked_fill_(~columns.valid[start:stop], HIDDEN)
@@ -83,7 +85,8 @@ class _Head(torch.autograd.Function):
         own_cos = (x * mine).sum(1)
         seen_cos = early_cos_y(own_cos, negatives)[:, None]
         inverse = torch.ones(c, dtype=x.dtype, device=x.device)
-        light = operands.units and negatives is threshold is columns.injection is columns.live is None
+        many = columns.centers > 1
+        light = operands.units and negatives is threshold is columns.injection is columns.live is None and not many
         like = x.bfloat16() if light else x
         kept_blocks = min(-(-c // block), store // max(1, b * block * like.element_size())) if keep else 0
         kept = _pool.take(kept_blocks, b * block, like) if kept_blocks else None
@@ -107,19 +110,20 @@ class _Head(torch.autograd.Function):
             if mixer is not None:
                 mixer.restore()
             z.mul_(inverse[start:stop] * scale)
+            z = pool(z, columns.centers)[0] if many else z
             _hide(z, columns, start, stop)
             if nearest is not None:
                 best, at = z.max(1)
                 closer = (best > HIDDEN / 2) & (best / scale > nearest.cos)
                 nearest.cos = torch.where(closer, best / scale, nearest.cos)
-                nearest.row = torch.where(closer, at + start, nearest.row)
-            seen = _view(scratch[1], b, stop - start)
+                nearest.row = torch.where(closer, at + start // columns.centers, nearest.row)
+            seen = _view(scratch[1], b, z.shape[1])
             if negatives is None:
                 values = z
             else:
                 values = torch.where(z == HIDDEN, z, scale * negatives.value(z / scale, seen_cos))
             if threshold is not None:  # scratch[0]: logits that are kept are not in it, others are not wanted any more
-                above += _softplus_and_share(torch.sub(values, threshold, out=seen), _view(scratch[0], b, stop - start))
+                above += _softplus_and_share(torch.sub(values, threshold, out=seen), _view(scratch[0], b, z.shape[1]))
                 continue
             higher = torch.maximum(top, values.amax(1))
             total.mul_((top - higher).exp_())
@@ -155,7 +159,7 @@ class _Head(torch.autograd.Function):
         scratch = _pool.take(2, b * block, x) if c else None
         xl, xg = operands.prepare_logits(x), operands.prepare(x)
         dx = mine * g_cos[:, None]
-        place = ctx.live
+        place, many = ctx.live, columns.centers > 1
         mixer = ctx.mixer = Mixer(columns, x, block, ctx.inverse_w) if ctx.inverse_w is not None else None
         seen_live = x.new_zeros(b, len(place)) if place is not None else None  # [B, L] d loss / d z of the live rows
         factor = (g_out * scale)[:, None]
@@ -182,12 +186,15 @@ class _Head(torch.autograd.Function):
                 continue
             v = w if mixer is None else mixer.put(start, stop)
             wg = operands.prepare(v)
-            z = _view(ctx.kept[k] if k < ctx.kept_blocks else scratch[0], b, stop - start)
+            z = rows_z = _view(ctx.kept[k] if k < ctx.kept_blocks else scratch[0], b, stop - start)
             if k >= ctx.kept_blocks:
                 operands.matmul(xl, (operands.prepare_logits(v) if operands.units else wg).t(), out=z)
                 z.mul_(inverse[start:stop] * scale)
+            if many:
+                z, at = pool(z, columns.centers)
+            if many or k >= ctx.kept_blocks:
                 _hide(z, columns, start, stop)
-            p = _view(scratch[1], b, stop - start)
+            p = _view(scratch[1], b, z.shape[1])
             if ctx.negatives is None:
                 steep(torch.sub(z, shift, out=p))
             else:
@@ -195,6 +202,8 @@ class _Head(torch.autograd.Function):
                 value = ctx.negatives.value(cos, cos_y[:, None])
                 p.copy_(steep(scale * value - shift) * ctx.negatives.slope(cos, cos_y[:, None])).masked_fill_(hidden, 0)
             p.mul_(factor)
+            if many:
+                z, p = rows_z, spread(p, at, x.new_empty(b, stop - start))
             if not columns.unit or mixer is not None:
                 p.mul_(inverse[start:stop])
             pg = operands.prepare(p)
@@ -273,7 +282,8 @@ def blocked_head(
     precision: `fp32`, or `bf16` for bf16 GEMM operands with fp32 sums, target path and softmax statistics.
     block: rows per block (0: `block_rows(B)`). store_mb: MiB of logits kept for the backward (our default: 16).
     """
-    block = min(block or block_rows(len(x)), max(1, len(columns.rows)))
+    columns, many = resolved(x, columns), columns.centers
+    block = min(-(-(block or block_rows(len(x))) // many) * many, max(1, len(columns.rows)))  # whole identities
     live = columns.live.rows if columns.live is not None else None
     graphs = any(t is not None and t.requires_grad for t in (x, columns.own, live, threshold))
     keep = torch.is_grad_enabled() and (graphs or columns.sink is not None)

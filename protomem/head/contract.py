@@ -107,6 +107,9 @@ class Columns:
 
     rows   [C, D] prototypes, normalised by the head unless `unit`
     target [B]    local row of each sample's identity, -1 where another rank owns it
+    centers       rows of each identity, one below the other (sub-centres; Deng et al. 2020, Sub-center ArcFace, eq. 4): an
+                  identity is as near as the nearest of them, which alone has a gradient (of equally near ones the first).
+                  rows is [C * centers, D] then, and target [B] and a Nearest's row count identities. With learned rows only
     sink          receives d loss / d rows; None for rows that are constants
     valid  [C]    False for rows that hold nothing (empty memory slots); None: all valid
     own    [B, D] unit prototypes that cos_y is taken with instead of the target rows, with a graph or without; the
@@ -129,10 +132,13 @@ class Columns:
     weight: torch.Tensor | None = None
     nearest: Nearest | None = None
     injection: Injection | None = None
+    centers: int = 1
 
     def __post_init__(self):
         if self.injection is not None and self.live is not None:
             raise ValueError("features are not injected into rows that carry a graph")
+        if self.centers > 1 and any(v is not None for v in (self.injection, self.live, self.own, self.valid)):
+            raise ValueError("sub-centres are learned rows: no injection, no live rows, no own prototypes, no empty rows")
 
     def repeat(self, views: int) -> Columns:
         """The same prototypes for several views of the batch, one below the other: [views * B] rows."""

@@ -77,6 +77,8 @@ def dense_head(
         mixed = (1 - weight) * unit + weight * q
         unit = torch.where(weight > 0, mixed / mixed.norm(dim=1, keepdim=True).clamp_min(1e-12), unit)
     cos = x @ unit.t()
+    if columns.centers > 1:
+        cos = cos.view(len(x), -1, columns.centers).max(2).values
     owned = columns.target >= 0
     is_target = torch.zeros(cos.shape, dtype=torch.bool, device=cos.device)
     is_target[owned.nonzero().squeeze(1), columns.target[owned]] = True

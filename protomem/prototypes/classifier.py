@@ -29,24 +29,34 @@ class ClassifierShard(nn.Module):
 
     `weight` [C, D] is an ordinary parameter for any optimizer; its gradient is written by the head (not autograd).
     injection: weight, steps and start of the features that are mixed in (VPL, protomem/prototypes/variational.py), if any.
+    sub_centers: K prototypes for each identity, of which the nearest counts (Deng et al. 2020). `weight` is [C, K * D] then:
+    a row still is an identity, so that all of it lies on one rank, also after a change of the world size.
     """
 
     row_sparse = False
 
     def __init__(
-        self, num_identities: int, embedding_size: int, *, seed: int = 0, std: float = 0.01, injection: dict | None = None
+        self,
+        num_identities: int,
+        embedding_size: int,
+        *,
+        seed: int = 0,
+        std: float = 0.01,
+        injection: dict | None = None,
+        sub_centers: int = 1,
     ):
         super().__init__()
+        self.size, self.sub_centers = embedding_size, sub_centers
         self.num_identities = self.total_rows = num_identities
         self.first, self.last = distributed.shard_bounds(num_identities, distributed.rank(), distributed.world_size())
-        self.weight = nn.Parameter(initial_rows(self.first, self.last, embedding_size, std, seed))
+        self.weight = nn.Parameter(initial_rows(self.first, self.last, sub_centers * embedding_size, std, seed))
         self.sink = GradSink()
         self.empirical = None  # EPL's second prototypes (an EmpiricalPrototypes), if there are any
         self.bank = bank_for(self.last - self.first, embedding_size, injection)
 
     def begin_step(self, labels: torch.Tensor, step: int) -> None:
         """Start a step whose global batch (all of its micro-batches) has these labels [B]."""
-        self.weight.grad = self.sink.begin(self.weight.detach())
+        self.weight.grad = self._begin(self.weight.detach())
         if self.empirical is not None:
             self.empirical.begin_step(step)
         if self.bank is not None:
@@ -56,7 +66,17 @@ class ClassifierShard(nn.Module):
         """This rank's prototypes for a (micro-)batch with the gathered labels [B]; they do not depend on the embeddings, as
         a memory's do."""
         injection = None if self.bank is None else self.bank.injection()
-        return Columns(self.weight.detach(), self._rows(labels), self.sink, injection=injection)
+        return self._columns(self.weight.detach(), self._rows(labels), injection)
+
+    def _columns(self, rows: torch.Tensor, target: torch.Tensor, injection=None) -> Columns:
+        """rows [S, K * D] of identities as the head takes them."""
+        rows = rows.view(-1, self.size)
+        return Columns(rows, target, self.sink, injection=injection, centers=self.sub_centers)
+
+    def _begin(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """The gradient of these rows [S, K * D] in a new step, which the head will write, if there is one."""
+        grad = self.sink.begin(rows.view(-1, self.size))
+        return None if grad is None else grad.view_as(rows)
 
     def _rows(self, labels: torch.Tensor) -> torch.Tensor:
         """The row of each label [B], -1 where another rank has it."""
@@ -74,5 +94,5 @@ class ClassifierShard(nn.Module):
         return {} if self.bank is None else self.bank.statistics(self.total_rows)
 
     def gradient(self) -> torch.Tensor:
-        """The shard's gradient of this step [C, D] (for clipping and loss scaling, in place)."""
+        """The shard's gradient of this step [C * K, D] (for clipping and loss scaling, in place)."""
         return self.sink.buffer

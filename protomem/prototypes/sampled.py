@@ -16,7 +16,7 @@ class SampledShard(ClassifierShard):
     The number of rows is the same at every step, max(rate * C, min(B, C)), so nothing waits for the device; with more
     identities in the batch than rate * C the published code takes the batch's identities alone, this takes B rows.
     The update is truly sparse: the optimizer (RowSGD, RowAdamW) reads `weight.row_grad` = (rows [S], gradient [S, D])
-    and leaves every other row and its state as it is. `before_use`: called with the rows index [S] that a step is about to
+    and leaves every other row and its state as it is (D: of all sub-centres). std, injection, sub_centers: as there. `before_use`: called with the rows index [S] that a step is about to
     read (RowSGD.catch_up), if set. Which negatives are drawn depends on (seed, step, rank).
     """
 
@@ -29,10 +29,9 @@ class SampledShard(ClassifierShard):
         *,
         rate: float,
         seed: int = 0,
-        std: float = 0.01,
-        injection: dict | None = None,
+        **options,
     ):
-        super().__init__(num_identities, embedding_size, seed=seed, std=std, injection=injection)
+        super().__init__(num_identities, embedding_size, seed=seed, **options)
         self.rate, self.seed, self.before_use = rate, seed, None
 
     def begin_step(self, labels: torch.Tensor, step: int) -> None:
@@ -45,7 +44,7 @@ class SampledShard(ClassifierShard):
         if self.before_use is not None:
             self.before_use(self.index)
         self.active = self.weight.detach()[self.index]
-        self.weight.row_grad = (self.index, self.sink.begin(self.active))
+        self.weight.row_grad = (self.index, self._begin(self.active))
         if self.empirical is not None:
             self.empirical.begin_step(step, self.index)
         if self.bank is not None:
@@ -54,7 +53,7 @@ class SampledShard(ClassifierShard):
     def columns(self, labels: torch.Tensor, embeddings=None, keys=None, observe: bool = False) -> Columns:
         mine = (labels >= self.first) & (labels < self.last)
         if not len(self.index):
-            return Columns(self.active, torch.full_like(labels, -1), self.sink)
+            return self._columns(self.active, torch.full_like(labels, -1))
         place = torch.searchsorted(self.index, labels - self.first).clamp_max(len(self.index) - 1)
         injection = None if self.bank is None else self.bank.injection(self.index)
-        return Columns(self.active, torch.where(mine, place, -1), self.sink, injection=injection)
+        return self._columns(self.active, torch.where(mine, place, -1), injection)
