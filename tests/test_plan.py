@@ -124,6 +124,14 @@ ALLOCATED = {  # (settings, identities, phase in which the most is there)
         20000,
         None,
     ),
+    "classifier, sub-centres": ((*SMALL, "prototypes.sub_centers=3"), 7000, "encoder backward"),
+    "classifier, sub-centres, few images": ((*SMALL, "prototypes.sub_centers=2", "train.batch_size=4"), 20000, None),
+    "sampled, sub-centres": (
+        (*SMALL, "prototypes.source=sampled", "prototypes.sub_centers=3", "prototypes.rate=0.9", "train.batch_size=4"),
+        7000,
+        None,
+    ),
+    "classifier, sub-centres + EPL": ((*SMALL, *EPL, "prototypes.sub_centers=3"), 7000, None),
     "classifier, dense head": ((*SMALL, "head.backend=dense"), 20000, "head"),
     "classifier, bf16": ((*SMALL, "encoder.precision=bf16", "head.precision=bf16"), 2000, None),
     "classifier, micro-batches": ((*SMALL, "train.accumulate=2"), 20000, "encoder backward"),
@@ -283,18 +291,21 @@ def test_one_block_of_the_head_is_as_many_kernels_as_the_estimate_says():
             Count.number += "view" not in str(function) and not function.is_view
             return function(*args, **(kwargs or {}))
 
-    def operations(blocks):
+    def operations(blocks, centers=1):
         sink, x = GradSink(), torch.nn.functional.normalize(torch.randn(8, 16), dim=1).requires_grad_()
-        rows = torch.randn(64 * blocks, 16)
+        rows = torch.randn(60 * blocks, 16)
         sink.begin(rows)
         Count.number = 0
         with Count():
-            cos, lse = blocked_head(x, Columns(rows, torch.arange(8), sink), 64.0, block=64)
+            cos, lse = blocked_head(x, Columns(rows, torch.arange(8), sink, centers=centers), 64.0, block=60)
             (lse - cos).sum().backward()
         return Count.number
 
-    each = (operations(9) - operations(1)) / 8
-    assert each == pytest.approx(estimate.BLOCK_KERNELS["fp32"], rel=0.15)
+    each = [(operations(9, k) - operations(1, k)) / 8 for k in (1, 3, 5)]
+    assert each[0] == pytest.approx(estimate.BLOCK_KERNELS["fp32"], rel=0.15)
+    once, more = estimate.CENTER_KERNELS
+    assert each[1] - each[0] == pytest.approx(once + 2 * more, rel=0.15)
+    assert each[2] - each[1] == pytest.approx(2 * more, rel=0.15)
 
 
 def test_floors_are_the_known_ones():

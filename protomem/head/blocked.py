@@ -67,7 +67,9 @@ _pool = _Pool()
 
 def _hide(z, columns: Columns, start: int, stop: int) -> None:
     """Take targets and empty rows out of the logits z [B, K] of rows start:stop, or of their identities. No host sync."""
-    target, start, stop = columns.target // columns.centers, start // columns.centers, stop // columns.centers
+    target, k = columns.target, columns.centers
+    if k > 1:
+        target, start, stop = target // k, start // k, stop // k
     inside = (target >= start) & (target < stop)
     place = (target - start).clamp(0, stop - start - 1)[:, None]
     z.scatter_(1, place, torch.where(inside[:, None], torch.full_like(place, HIDDEN, dtype=z.dtype), z.gather(1, place)))

@@ -78,8 +78,18 @@ class Case:
         return min(self.config.prototypes.memory.size, self.identities) if self.source == "memory" else 0
 
     @property
+    def centers(self) -> int:
+        """K, prototypes of an identity."""
+        return self.config.prototypes.sub_centers
+
+    @property
+    def row(self) -> int:
+        """Bytes of an identity's prototypes in fp32."""
+        return 4 * self.centers * self.size
+
+    @property
     def rows(self) -> int:
-        """Prototype rows that this rank holds."""
+        """Slots, or identities with all of their prototypes, that this rank holds."""
         if self.source == "memory":
             return -(-(self.slots + self.config.quality.unrecognizable.pinned) // self.world)
         first, last = shard_bounds(self.identities, 0, self.world)
@@ -87,7 +97,7 @@ class Case:
 
     @property
     def active(self) -> int:
-        """Prototype rows that the head sees in a step."""
+        """Of these, how many the head sees in a step."""
         if self.source != "sampled":
             return self.rows
         return max(int(self.config.prototypes.rate * self.rows), min(self.config.train.batch_size, self.rows))
@@ -99,8 +109,10 @@ class Case:
 
     @functools.cached_property
     def block(self) -> int:
-        """Rows of a block of the head."""
-        return min(self.config.head.block or block_rows(self.views * self.batch), max(1, self.active))
+        """Rows of a block of the head: whole identities."""
+        k = self.centers
+        wanted = self.config.head.block or block_rows(self.views * self.batch)
+        return min(-(-wanted // k) * k, max(1, k * self.active))
 
     @property
     def kept_bytes(self) -> int:
@@ -108,13 +120,14 @@ class Case:
         c = self.config
         units = self.device.kind == "cpu" and c.head.precision == "bf16" and has_units(torch.device("cpu"))
         plain = c.margin.filter_above == 0 and c.margin.criterion == "softmax" and c.prototypes.injection.weight == 0
+        plain = plain and self.centers == 1
         return 2 if units and plain and c.prototypes.memory.gradient != "batch" else 4
 
     @property
     def kept_blocks(self) -> int:
         """Blocks of which something is kept for the backward."""
         store, one = int(self.config.head.store_mb * 2**20), self.views * self.batch * self.block * self.kept_bytes
-        return min(-(-self.active // self.block), store // max(1, one))
+        return min(-(-self.centers * self.active // self.block), store // max(1, one))
 
     @property
     def key_encoder(self) -> bool:

@@ -17,6 +17,7 @@ from protomem.plan.memory import moments
 # Kernels of the blocked head for one block of rows, forward and backward, and its reads and writes of that block's logits
 # (protomem/head/blocked.py; tests/test_plan.py counts the operations).
 BLOCK_KERNELS = {"fp32": 38, "bf16": 44}
+CENTER_KERNELS = 19, 6  # more with sub-centres, and for each after the first
 BLOCK_PASSES = 24
 
 
@@ -60,21 +61,23 @@ def _encoder(case: Case) -> list[Phase]:
 def _head(case: Case) -> Phase:
     """GEMMs: logits, dX, and dW where rows learn; logits that were not kept once more. The rows are read once for each."""
     d, c = case.device, case.config
-    b, rows, size, n = case.views * case.batch, case.active, case.size, len(case.parts)
+    k, b, rows, size, n = case.centers, case.views * case.batch, case.centers * case.active, case.size, len(case.parts)
     rate = d.half if c.head.precision == "bf16" else d.full
     one = 2.0 * b * rows * size * n
     blocks = -(-rows // case.block)
     again = 1 - case.kept_blocks / max(1, blocks) if c.head.backend == "blocked" else 0.0
-    gemms = 2 + case.learns
-    if c.prototypes.empirical.enabled:  # a second term, whose rows are constants
-        gemms, again, blocks = gemms + 2, 2 * again, 2 * blocks
+    gemms, terms = 2 + case.learns, 1
+    if c.prototypes.empirical.enabled:  # a second term, whose rows are constants, one for each identity
+        terms += 1 / k
+        gemms, again, blocks = gemms + 2 / k, terms * again, terms * blocks
     moved = 4.0 * rows * size * gemms * n
     floor = max(one * gemms / (rate * 1e12), moved / (d.bandwidth * 1e12))
-    passes = BLOCK_PASSES * 4.0 * b * rows * n * (2 if c.prototypes.empirical.enabled else 1)
+    passes = BLOCK_PASSES * 4.0 * b * rows * n * terms
     work = one * (gemms + again) / (rate * 1e12 * GEMM_EFFICIENCY) + passes / (d.bandwidth * 1e12)
-    kernels = blocks * BLOCK_KERNELS[c.head.precision] * n if c.head.backend == "blocked" else 0
+    each = BLOCK_KERNELS[c.head.precision] + (CENTER_KERNELS[0] + CENTER_KERNELS[1] * (k - 1) if k > 1 else 0)
+    kernels = blocks * each * n if c.head.backend == "blocked" else 0
     launches = kernels * LAUNCH_US * 1e-6 if d.kind == "cuda" else 0.0
-    return Phase(f"head ({gemms} GEMMs)", one * gemms, moved, floor, max(work, launches))
+    return Phase(f"head ({gemms:.3g} GEMMs)", one * gemms, moved, floor, max(work, launches))
 
 
 def _optimizers(case: Case) -> Phase:
@@ -85,7 +88,7 @@ def _optimizers(case: Case) -> Phase:
         moved += 3 * case.encoder.weights
     if case.source != "memory":
         fused = case.config.optimizer.fuse_prototypes  # the gradient comes from the head's cache
-        moved += (passes - fused) * 4.0 * case.active * case.size
+        moved += (passes - fused) * float(case.active * case.row)
     elif case.learns:
         moved += 5 * 4.0 * case.active * case.size  # step, norm, division
     floor = moved / (d.bandwidth * 1e12)

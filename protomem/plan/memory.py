@@ -82,7 +82,7 @@ def _come_and_go(case: Case) -> bool:
 
 
 def _prototypes(case: Case) -> dict[str, float]:
-    p, rows, row = case.config.prototypes, case.rows, 4 * case.size
+    p, rows, row = case.config.prototypes, case.rows, case.row
     out = {}
     if case.source == "memory":
         width = 2 if p.memory.storage == "bf16" else 4
@@ -103,7 +103,7 @@ def _prototypes(case: Case) -> dict[str, float]:
     if p.injection.weight > 0:
         out["features to inject (VPL)"] = rows * (row + 8)
     if p.empirical.enabled:
-        out["empirical rows (EPL)"] = rows * (row + 1)
+        out["empirical rows (EPL)"] = rows * (4 * case.size + 1)
     return out
 
 
@@ -111,10 +111,15 @@ def _head_buffers(case: Case) -> dict[str, float]:
     if case.config.head.backend == "dense":
         return {}
     one = 4 * case.views * case.batch * case.block
-    terms = 2 if case.config.prototypes.empirical.enabled else 1
+    kept, scratch = one * case.kept_bytes / 4 * case.kept_blocks, 2 * one
+    if case.config.prototypes.empirical.enabled:  # a second term with blocks of its own, which may be of another size
+        second = case.with_setting("prototypes.sub_centers=1") if case.centers > 1 else case
+        one = 4 * case.views * case.batch * second.block
+        kept += one * second.kept_bytes / 4 * second.kept_blocks
+        scratch += 2 * one if second.block != case.block else 0
     return {
-        "kept logits (head.store_mb)": one * case.kept_bytes / 4 * case.kept_blocks * terms,
-        "scratch blocks of the head": 2 * one,
+        "kept logits (head.store_mb)": kept,
+        "scratch blocks of the head": scratch,
         "gradient of a block": 4 * case.block * case.size if case.config.optimizer.fuse_prototypes else 0,
     }
 
@@ -140,9 +145,9 @@ def _phases(case: Case) -> dict[str, dict[str, float]]:
         "optimizer": {**({"encoder gradients": float(e.trained)} if alone else {}), **_optimizer_work(case)},
     }
     if case.source == "sampled":
-        drawn = case.active * (4 * case.size + 4 + 8 + 8 + 8) + 2 * 4 * (case.rows + 1)
+        drawn = case.active * (case.row + 4 + 8 + 8 + 8) + 2 * 4 * (case.rows + 1)
         if c.optimizer.untouched == "exact":  # rows and momentum before and after
-            drawn += 3 * 4 * case.active * case.size
+            drawn += 3 * case.active * case.row
         phases["drawing rows"] = {"rows, scores and their order": float(drawn)}
     return phases
 
@@ -156,12 +161,14 @@ def _gathered(case: Case, features: float) -> dict[str, float]:
 
 def _head_work(case: Case, features: float) -> float:
     """The head's own, beside its buffers: target rows and dX [V B, D], norms [C], and what a block needs."""
-    rows, block, b = case.active, case.block, case.views * case.batch
+    rows, block, b = case.centers * case.active, case.block, case.views * case.batch
     work = 3 * features
     if case.config.head.backend == "dense":  # logits, masks and their gradients, the rows' unit form and its gradient
         logits, whole = 4 * b * rows, 4 * rows * case.size  # measured: autograd frees the ones before the others
         return work + max(5 * whole + logits / 2, 4.5 * logits + 2 * whole)
     work += 4 * rows  # inverse norms
+    if case.centers > 1:  # logits of identities, which prototype each is; the gradient's way back
+        work += 5 * b * block / case.centers + 5 * b * block
     if case.source == "memory" and case.config.prototypes.memory.storage == "bf16":
         work += 2 * 4 * block * case.size  # a block in fp32, twice for a moment
     if case.config.head.precision == "bf16":
@@ -176,12 +183,12 @@ def _head_work(case: Case, features: float) -> float:
     if case.config.prototypes.injection.weight > 0:
         work += 3 * 4 * block * case.size  # rows, rows with their features, gradient of a block
     if case.config.prototypes.empirical.enabled and case.source == "sampled":
-        work += rows * (4 * case.size + 1)
+        work += case.active * (4 * case.size + 1)
     return work
 
 
 def _optimizer_work(case: Case) -> dict[str, float]:
-    o, row = case.config.optimizer, 4 * case.size
+    o, row = case.config.optimizer, case.row
     out = {}
     if o.name == "lamb":
         out["LAMB's directions"] = max(2 * case.encoder.trained, 2 * case.rows * row if case.source != "memory" else 0)
@@ -199,8 +206,8 @@ def checkpoint_bytes(case: Case) -> dict[str, float]:
 
 
 def _state_bytes(case: Case, one: int) -> dict[str, float]:
-    """Of all that is state, with `one` rows of the prototypes."""
-    e, p, row = case.encoder, case.config.prototypes, 4 * case.size
+    """Of all that is state, with `one` slots or identities."""
+    e, p, row = case.encoder, case.config.prototypes, case.row
     out = {
         "encoder": (e.weights + e.buffers) * (1 + case.key_encoder),
         "encoder optimizer": moments(case) * e.trained,
@@ -216,7 +223,7 @@ def _state_bytes(case: Case, one: int) -> dict[str, float]:
     if p.injection.weight > 0:
         out["features to inject (VPL)"] = one * (row + 8)
     if p.empirical.enabled:
-        out["empirical rows (EPL)"] = one * (row + 1)
+        out["empirical rows (EPL)"] = one * (4 * case.size + 1)
     if case.config.data.sampler.name == "mixed":
         looks = 4 * case.identities if case.config.data.sampler.pick == "look_alike" else 0
         out["sampler"] = 24 * case.slots + looks

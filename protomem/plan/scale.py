@@ -48,7 +48,8 @@ def method(case: Case) -> str:
     c = case.config
     rows = {"classifier": "a full classifier", "sampled": f"a classifier, {c.prototypes.rate:g} of it a step"}
     rows["memory"] = f"a memory of {case.slots:,} slots"
-    return f"{c.encoder.name} ({c.encoder.precision}), {rows[case.source]}, D = {case.size}"
+    several = f" with {case.centers} sub-centres" if case.centers > 1 else ""
+    return f"{c.encoder.name} ({c.encoder.precision}), {rows[case.source]}{several}, D = {case.size}"
 
 
 def power(n: int) -> str:
