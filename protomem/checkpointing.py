@@ -24,6 +24,7 @@ def identity(run) -> dict:
         "batch_size": c.train.batch_size,
         "seed": c.train.seed,
         "optimizer": c.optimizer.name,
+        "sub_centers": c.prototypes.sub_centers,
         "sampler": c.data.sampler.name,
         "images_per_identity": c.data.sampler.images_per_identity if c.data.sampler.name != "shuffled" else None,
         # Groups are a function of these; a look-alike table and an averaged encoder are there or not.

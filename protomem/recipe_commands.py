@@ -75,6 +75,8 @@ def parts(c: DictConfig) -> dict[str, str]:
 def _columns(c: DictConfig) -> str:
     p = c.prototypes
     what = {"classifier": "classifier", "sampled": f"classifier, {p.rate:g} sampled", "memory": "memory"}[p.source]
+    if p.sub_centers > 1:
+        what += f", the nearest of {p.sub_centers}"
     if p.injection.weight > 0:
         what += f" + last features {p.injection.weight:g} (VPL)"
     if p.empirical.enabled:

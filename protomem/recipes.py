@@ -97,6 +97,20 @@ PARTIAL_FC = replace(
     "margin.filter_above leaves the filtered negative in the denominator with e⁰, as insightface does",
     goes_with="every margin, VPL and EPL (ours: VPL's code insists on all rows), contrast; refused: optimizer.name=lamb",
 )
+SUBCENTER_ARCFACE = replace(
+    ARCFACE,
+    title="Sub-center ArcFace",
+    formula="cos θ_j = max_k cos(x, W_jk) over the K prototypes of identity j; then ArcFace",
+    state="K rows W_jk for each identity, with gradient and momentum, all on the rank of the identity",
+    source="Deng et al. 2020 (ECCV), Sub-center ArcFace; settings of the authors' code (insightface, recognition/"
+    "subcenter_arcface)",
+    published="K = 3, m = 0.5 rad, s = 64; then images more than 75° from their identity's dominant prototype are dropped, and "
+    "ArcFace is trained on the others",
+    ours="true derivative of the margin; W starts as N(0, 0.01); of equally near prototypes the first has the gradient",
+    deviations="as for arcface: margin.beyond_pi, margin.gradient. The second stage is `protomem data clean`",
+    goes_with="every margin, sampled prototypes, EPL (whose means stay one for each identity), contrast, the unified criterion; "
+    "refused: a memory, VPL (nobody has said which prototype takes the feature)",
+)
 
 PROTOTYPE_MEMORY = Recipe(
     title="Prototype Memory",
@@ -317,6 +331,7 @@ RECIPES = {
     "magface_cosface": MAGFACE_COSFACE,
     "uniface": UNIFACE,
     "partial_fc": PARTIAL_FC,
+    "subcenter_arcface": SUBCENTER_ARCFACE,
     "prototype_memory": PROTOTYPE_MEMORY,
     "quality_aware_prototype_memory": QAPM,
     "quality_aware_prototype_memory_norm": QAPM_NORM,

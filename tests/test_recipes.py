@@ -53,6 +53,7 @@ def test_every_recipe_loads_with_a_minimal_config(name, tmp_path):
         ("arcface_insightface", {"margin": "angle + 0.5, straight through"}),
         ("combined", {"margin": "cos(1 θ + 0.3) − 0.2"}),
         ("partial_fc", {"columns": "classifier, 0.1 sampled", "margin": "cos − 0.4, filter 0.4"}),
+        ("subcenter_arcface", {"columns": "classifier, the nearest of 3", "margin": "angle + 0.5"}),
         ("prototype_memory", {"columns": "memory", "quality": "equal"}),
         ("quality_aware_prototype_memory_hard", {"quality": "recognizability, hard"}),
         ("magface", {"margin": "angle + 0.45 to 0.8 by norm", "regulariser": "norm 35"}),

@@ -137,6 +137,18 @@ def test_sampled_shards_resume_with_their_momentum(small_set, tmp_path):
     assert run(2, small_set, tmp_path / "cut", *more) == whole
 
 
+def test_sub_centers_resume_at_other_world_sizes(small_set, tmp_path):
+    """Identities move to other ranks with all of their prototypes; another number of these is refused."""
+    more = ("prototypes.sub_centers=3", "margin.name=arcface", "prototypes.empirical.enabled=true", "schedule.decay=constant")
+    more += ("prototypes.empirical.start_epoch=0",)
+    whole = run(1, small_set, tmp_path / "whole", *more, "schedule.steps=20")
+    for world, steps in ((3, 8), (2, 20)):
+        run(world, small_set, tmp_path / "parts", *more, f"schedule.steps={steps}")
+    assert_close(curve(tmp_path / "parts"), whole, 1e-4)
+    with pytest.raises(UserError, match="made with sub_centers=3, this run has 2"):
+        train(config.load([], settings(small_set, tmp_path / "whole", *more, "prototypes.sub_centers=2", "schedule.steps=40")))
+
+
 def test_checkpoint_of_other_data_or_model_is_refused(small_set, tmp_path):
     run(1, small_set, tmp_path, "schedule.steps=2", "schedule.warmup_steps=0")
     for change, message in (

@@ -107,7 +107,7 @@ class Columns:
 
     rows   [C, D] prototypes, normalised by the head unless `unit`
     target [B]    local row of each sample's identity, -1 where another rank owns it
-    centers       rows of each identity, one below the other (sub-centres; Deng et al. 2020, Sub-center ArcFace, eq. 4): an
+    centers       rows of each identity, one below the other (sub-centres; Deng et al. 2020, Sub-center ArcFace): an
                   identity is as near as the nearest of them, which alone has a gradient (of equally near ones the first).
                   rows is [C * centers, D] then, and target [B] and a Nearest's row count identities. With learned rows only
     sink          receives d loss / d rows; None for rows that are constants
