@@ -1,7 +1,8 @@
 """CPU time and memory of one head step (forward, backward, SGD) over ranks: `blocked` against the plain eager form.
 
 Variants of `blocked`: bf16 operands; `fused`, the update inside the backward (optimizer.fuse_prototypes); `r=0.1`, a sampled
-shard with row-sparse SGD, `exact` with the missed steps of rows that were not drawn made up for (optimizer.untouched).
+shard with row-sparse SGD, `exact` with the missed steps of rows that were not drawn made up for (optimizer.untouched); `k=3`,
+as many rows, three of each identity (prototypes.sub_centers).
 
     python benchmarks/head_step.py --out benchmarks/results            # the shapes of the README
     python benchmarks/head_step.py --ranks 2 --identities 100000 --size 512 --batch 64 --repeats 7
@@ -84,9 +85,10 @@ def eager(identities, size):
     return step
 
 
-def blocked(precision="fp32", fuse=False, rate=None, untouched="lazy"):
-    def make(identities, size):
-        shard = SampledShard(identities, size, rate=rate) if rate else ClassifierShard(identities, size)
+def blocked(precision="fp32", fuse=False, rate=None, untouched="lazy", centers=1):
+    def make(rows, size):
+        given = {"num_identities": rows // centers, "embedding_size": size, "sub_centers": centers}
+        shard = SampledShard(rate=rate, **given) if rate else ClassifierShard(**given)
         head, margin = functools.partial(HEADS["blocked"], precision=precision), build_margin("cosface", scale=SCALE, m=MARGIN)
 
         @functools.cache
@@ -100,6 +102,7 @@ def blocked(precision="fp32", fuse=False, rate=None, untouched="lazy"):
             return dense
 
         def step(x, labels, sizes, number):
+            labels = labels % shard.num_identities
             optimizer()
             shard.begin_step(labels, number)
             losses((x,), labels, sizes, shard, head, margin).per_sample.mean().backward()
@@ -119,6 +122,8 @@ VARIANTS = {
     "blocked fp32 r=0.1": blocked(rate=0.1),
     "blocked bf16 r=0.1": blocked("bf16", rate=0.1),
     "blocked fp32 r=0.1 exact": blocked(rate=0.1, untouched="exact"),
+    "blocked fp32 k=3": blocked(centers=3),
+    "blocked bf16 k=3": blocked("bf16", centers=3),
 }
 
 
