@@ -21,6 +21,7 @@ FILE = Path(__file__).parent.parent / "docs" / "composition.md"
 NEEDED = ["output=runs/x", "data.train=data"]
 _MAGFACE = ["margin.name=magface", "encoder.last_bn=learnable"]
 _MEMORY = ["prototypes.source=memory", "data.sampler.name=mixed"]
+_CENTERS = ["prototypes.sub_centers=3"]
 _VPL, _EPL, _CONTRAST = ["prototypes.injection.weight=0.15"], ["prototypes.empirical.enabled=true"], ["contrast.weight=0.05"]
 
 MARGINS = {
@@ -43,6 +44,9 @@ SOURCES = {
     "sampled + EPL": ["prototypes.source=sampled", *_EPL],
     "memory + EPL": [*_MEMORY, *_EPL],
     "classifier + VPL + EPL": [*_VPL, *_EPL],
+    "sub-centres": _CENTERS,
+    "sampled sub-centres": ["prototypes.source=sampled", *_CENTERS],
+    "sub-centres + EPL": [*_CENTERS, *_EPL],
 }
 QUALITIES = {
     name: [f"quality.estimator={name}", *more]
@@ -76,6 +80,8 @@ UNDEFINED = {
         "prototypes.empirical.update=after",
         "prototypes.injection.key_encoder=0.999",
     ],
+    "VPL × sub-centres": [*_VPL, *_CENTERS],
+    "sub-centres × a memory": [*_MEMORY, *_CENTERS],
     "EPL before the loss × a batch in parts": [*_EPL, "train.accumulate=2"],
     "EPL with k ≥ 2": [*_EPL, "prototypes.empirical.k=2"],
     "contrast × a batch in parts": [*_CONTRAST, "train.accumulate=2"],

@@ -115,7 +115,7 @@ def test_every_allowed_combination_trains_and_every_part_counts():
     """On two ranks, all of them in one world; a part that is on changes the loss of the combination without it."""
     everything = {**composition.combinations(), **composition.qualities()}
     allowed = {k: s for k, s in everything.items() if composition.refusal(s) is None}
-    assert len(allowed) == 126 + 20
+    assert len(allowed) == 168 + 20
     configs = {key: tiny(key, settings) for key, settings in allowed.items()}
 
     def work():
@@ -127,7 +127,7 @@ def test_every_allowed_combination_trains_and_every_part_counts():
                 raise AssertionError(" × ".join(key)) from error
         return found
 
-    first, second = run_ranks(2, work, timeout=240)
+    first, second = run_ranks(2, work, timeout=400)
     assert first == second  # the loss is that of the global batch
     silent = []
     for (m, r, s), losses in first.items():
@@ -139,7 +139,7 @@ def test_every_allowed_combination_trains_and_every_part_counts():
         source, *more = s.split(" + ")
         others = [(m, "–", s)] if r != "–" else []
         others += [(m, r, " + ".join([source, *(x for x in more if x != part)])) for part in more]
-        others += [(m, r, "classifier")] if s in ("sampled", "memory") else []
+        others += [(m, r, "classifier")] if s in ("sampled", "memory", "sub-centres", "sampled sub-centres") else []
         others += [("softmax", r, s)] if m != "softmax" else []
         others += [("CosFace", r, s)] if m == "CosFace, unified criterion" else []
         silent += [f"{m}, {r}, {s} = {other}" for other in others if losses == first[other]]
