@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import inspect
 import itertools
 import os
 import time
@@ -360,18 +359,3 @@ def broadcast_object(value):
     with flight.collective("broadcast of an object"):
         dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def data_parallel(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """`module` with its gradients averaged over ranks (DDP); `module` itself in a single process.
-
-    Buffers are not broadcast at every step: BatchNorm statistics are averaged where they are used (protomem/state.py).
-    """
-    if world_size() == 1:
-        return module
-    ddp = torch.nn.parallel.DistributedDataParallel
-    # torch 2.13 renamed the switch; 2.11 has only the old name.
-    renamed = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters
-    switch = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    ids = [device.index] if device.type == "cuda" else None
-    return ddp(module, device_ids=ids, gradient_as_bucket_view=True, **switch)

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from protomem import checksums, lock, metrics, state, trainer
+from protomem import checksums, evaluation, lock, metrics, state, trainer
 from protomem.data.pairs import write_bin
 from protomem.errors import UserError
 from protomem.trainer import train
@@ -255,11 +255,11 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(runs, tmp_path, monk
     def evaluations():
         return [(line["tag"], line["step"]) for line in metrics.read_metrics(folder) if line.get("event") == "evaluation"]
 
-    def killed(self, tag):
+    def killed(run, tag):
         raise UserError("killed")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="killed"):
-        patch.setattr(trainer.Run, "evaluate", killed)
+        patch.setattr(evaluation, "evaluate", killed)
         train(settings)
     assert steps_of(folder) == [2, 4] and evaluations() == []
     for _ in range(2):
