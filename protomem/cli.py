@@ -52,7 +52,7 @@ def train(
         from protomem import trainer
 
         finished = trainer.train(loaded, stop)
-        from protomem.distributed import detect_launcher
+        from protomem.launcher import detect_launcher
     if not finished and detect_launcher()[0] == "single":
         raise typer.Exit(STOPPED)
 

@@ -20,6 +20,7 @@ from protomem.elastic import only_others_leave
 from protomem.encoder.compiled import compiled
 from protomem.errors import UserError
 from protomem.files import replace_file
+from protomem.gradients import LossScaler, clip_gradients
 from protomem.memory_run import MemoryRun
 from protomem.metrics import RunLog
 from protomem.report import write_report
@@ -56,7 +57,7 @@ class Run:
         self.criterion = build.criterion_from(config, self.prototypes.num_identities, self.device)
         self.contrast = build.contrast_from(config, self.epoch_steps, self.device)
         self.optimizers = build.optimizers_from(config, self.encoder, self.prototypes, self.criterion)
-        self.scaler = optim.LossScaler(self.device) if config.encoder.precision == "fp16" else None
+        self.scaler = LossScaler(self.device) if config.encoder.precision == "fp16" else None
         self.margin = build.margin_from(config)
         self.head = build.head_from(config)
         self.key_encoder = build.key_encoder_from(config, self.encoder)
@@ -286,7 +287,7 @@ class Run:
                 return False
             self.overflows = 0
         if self.config.optimizer.clip > 0:
-            stats["grad_norm"] = optim.clip_gradients(encoder_params, shard, self.config.optimizer.clip)
+            stats["grad_norm"] = clip_gradients(encoder_params, shard, self.config.optimizer.clip)
         for optimizer in self.optimizers.values():
             optimizer.step()
         return True
