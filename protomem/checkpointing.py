@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from protomem import distributed, flight, optim, state
+from protomem import distributed, flight, lock, optim, state
 from protomem.background import Saver
 from protomem.errors import UserError
 from protomem.files import remove_temporaries, replace_file
@@ -62,12 +62,15 @@ def resume(run) -> Path | None:
 
     def find():
         nonlocal found
-        remove_temporaries(run.folder)
-        state.tidy(run.folder / "checkpoints")
-        ours = _begun_by_this_job(run.folder / ".job", restarted)
-        found = state.find(run.folder / "checkpoints", run.config.checkpoint.resume, ours)
-        if job := _job():
-            replace_file(run.folder / ".job", job.encode())
+        try:
+            remove_temporaries(run.folder)
+            state.tidy(run.folder / "checkpoints")
+            ours = _begun_by_this_job(run.folder / ".job", restarted)
+            found = state.find(run.folder / "checkpoints", run.config.checkpoint.resume, ours)
+            if job := _job():
+                replace_file(run.folder / ".job", job.encode())
+        except OSError as error:
+            raise lock.unwritable(run.folder, error) from None
 
     distributed.main_first(find)
     path = distributed.broadcast_object(str(found or "") if run.context.is_main else None)
