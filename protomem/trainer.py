@@ -16,7 +16,7 @@ from protomem.data.inspect import known_bad
 from protomem.data.pipeline import make_loader, normalise
 from protomem.data.records import open_records
 from protomem.data_parallel import data_parallel, settle_buckets
-from protomem.elastic import only_others_leave
+from protomem.elastic import only_others_leave, starting
 from protomem.encoder.compiled import compiled
 from protomem.errors import UserError
 from protomem.files import replace_file
@@ -97,7 +97,8 @@ class Run:
 
     def run(self, stop: StopRequest) -> bool:
         """Train up to the end, or until `stop` was asked for; whether it was the end."""
-        resumed = checkpointing.resume(self)
+        with starting():
+            resumed = checkpointing.resume(self)
         c = self.config
         try:
             self.log = RunLog(
@@ -313,8 +314,9 @@ def train(config: DictConfig, stop: StopRequest | None = None) -> bool:
         stop = stop or listening.enter_context(StopRequest())
         context = distributed.init(config.distributed.device, timeout_s)
         with watched(config.output, timeout_s, context.device), lock.one_run(folder, timeout_s):
-            replicas.check_config(config)
-            run = Run(config, context)
+            with starting():
+                replicas.check_config(config)
+                run = Run(config, context)
             finished = run.run(stop)
         distributed.shutdown()  # not after an error: leaving the group can hang, and the message must come out
     if run.goes_on:

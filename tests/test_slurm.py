@@ -135,7 +135,7 @@ def test_batch_finished_and_how_the_ranks_are_started(tmp_path):
     assert words[1:4] == ["--nodes=2", "--ntasks=2", "--cpus-per-task=16"] and "--kill-on-bad-exit=1" in words
     torchrun = "--nnodes=2 --nproc-per-node=8 --max-restarts=3 --rdzv-backend=c10d --rdzv-id=42.2"
     assert f"{torchrun} --rdzv-endpoint=10.0.0.1:20244 --numa-binding=node -m protomem" in srun
-    assert f"{tmp_path}/container exec {tmp_path}/python -m torch.distributed.run" in srun
+    assert f"{tmp_path}/container exec {tmp_path}/python -m protomem.torchrun" in srun
     assert srun.endswith("-m protomem train c.yaml a=b c")
 
 
