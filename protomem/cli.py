@@ -40,8 +40,9 @@ def train(
 
     SIGTERM, SIGINT and SIGUSR1 end it after the step at hand, with everything saved; the same command goes on from there.
     Exit codes: 0 finished; 75 stopped by a signal, saved, to be started again; 2 an error of config, data or machine, told in
-    a line (78 where it refuses the first start by torchrun); anything else an unexpected end. Ranks that torchrun or srun started end with 0 also when stopped, since those take
-    any other code for a failure; the file `stopped` in the output folder tells, and is gone once the run goes on.
+    a line (78 where it refuses the first start by torchrun); anything else an unexpected end. Ranks that torchrun or srun
+    started end with 0 also when stopped, since those take any other code for a failure; the file `stopped` in the output
+    folder tells, and is gone once the run goes on.
     """
     from protomem.signals import STOPPED, StopRequest
 

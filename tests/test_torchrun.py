@@ -40,7 +40,8 @@ def agents(tmp_path, options, codes, refused):
     def work(machine, options):
         os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         os.environ |= {"MACHINE": f"m{machine}", "REFUSED": refused}
-        sys.argv = ["torchrun", "--max-restarts=2", *options, str(tmp_path / "rank.py"), str(tmp_path / "seen"), *map(str, codes)]
+        rank = [tmp_path / "rank.py", tmp_path / "seen", *codes]
+        sys.argv = ["torchrun", "--max-restarts=2", *options, *map(str, rank)]
         torchrun.main()
 
     processes = [mp.get_context("fork").Process(target=work, args=given) for given in enumerate(options)]
@@ -99,6 +100,6 @@ def test_a_rank_tells_that_its_start_was_refused(small_set, tmp_path, mistake):
 
 def test_the_script_for_many_machines_starts_it():
     env = {**os.environ, "PYTHON": "echo", "HEAD": "a:1", "NODES": "2", "RANKS": "4"}
-    shown = subprocess.run([ROOT / "launch" / "multinode.sh", "c.yaml"], env=env, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.check_output([ROOT / "launch" / "multinode.sh", "c.yaml"], env=env, text=True)
     assert shown.startswith("-m protomem.torchrun --nnodes=2 --nproc-per-node=4 --max-restarts=10 ")
     assert shown.endswith("-m protomem train c.yaml\n")
