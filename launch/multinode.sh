@@ -5,7 +5,8 @@
 #   NODES  number of machines, or min:max: the job goes on from its last checkpoint when one is lost or comes back
 #          (start the same line on it again); a machine leaves in order when its launcher gets SIGTERM
 #   RANKS  processes per machine (default: one per GPU, or 1)
-#   RESTARTS   how often a machine may begin anew after a loss or failure, its own or another's (default 10)
+#   RESTARTS   how often a machine may begin anew after a loss or failure, its own or another's (default 10);
+#          not after a mistake in the settings or the data that is found when the job starts, unless NODES=min:max
 #   LAST_CALL  seconds that a start or restart with fewer than max machines waits for more (default 30)
 #   KEEP_ALIVE seconds between signs of life of a machine; after three that are missing it counts as lost (default 5)
 #   JOB    a name that differs between jobs sharing a HEAD (default protomem)
@@ -28,7 +29,7 @@ if [[ $NODES == *:* ]]; then
   export PROTOMEM_ELASTIC=1  # when another machine leaves, workers save, and their agent starts them anew
 fi
 export PROTOMEM_AGENT=$$  # exec keeps the process id: workers know their agent by it and end with it
-exec "${PYTHON:-python3}" -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="$ranks" \
+exec "${PYTHON:-python3}" -m protomem.torchrun --nnodes="$NODES" --nproc-per-node="$ranks" \
   --max-restarts="${RESTARTS:-10}" --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${JOB:-protomem}" \
   --rdzv-conf="last_call_timeout=${LAST_CALL:-30},keep_alive_interval=${KEEP_ALIVE:-5}" \
   -m protomem train "$@"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 
-from protomem import distributed, flight, optim, state
+from protomem import distributed, flight, lock, optim, state
 from protomem.background import Saver
 from protomem.errors import UserError
 from protomem.files import remove_temporaries, replace_file
@@ -62,12 +63,15 @@ def resume(run) -> Path | None:
 
     def find():
         nonlocal found
-        remove_temporaries(run.folder)
-        state.tidy(run.folder / "checkpoints")
-        ours = _begun_by_this_job(run.folder / ".job", restarted)
-        found = state.find(run.folder / "checkpoints", run.config.checkpoint.resume, ours)
-        if job := _job():
-            replace_file(run.folder / ".job", job.encode())
+        try:
+            remove_temporaries(run.folder)
+            state.tidy(run.folder / "checkpoints")
+            ours = _begun_by_this_job(run.folder / ".job", restarted)
+            found = state.find(run.folder / "checkpoints", run.config.checkpoint.resume, ours)
+            if job := _job():
+                replace_file(run.folder / ".job", job.encode())
+        except OSError as error:
+            raise lock.unwritable(run.folder, error) from None
 
     distributed.main_first(find)
     path = distributed.broadcast_object(str(found or "") if run.context.is_main else None)
@@ -116,15 +120,27 @@ def saver(run) -> Saver:
     )
 
 
+def check_finite(run) -> None:
+    """Raises UserError if the loss, or what was to be saved, was not finite since the run began. Waits for the device."""
+    if not run.finite.item():
+        with contextlib.suppress(UserError):
+            run.saver.wait()  # what is being written was finite
+        kept = f"the checkpoint of step {run.saver.written} is intact" if run.saver.written else "nothing was saved"
+        raise UserError(
+            f"the loss became NaN or infinite by step {run.step}; {kept}: lower optimizer.lr, set optimizer.clip, or "
+            "lengthen the warm-up, and start again"
+        )
+
+
 def save(run) -> Path:
     """Write a checkpoint of the run's state, or begin to; never of one that is not finite. Collective."""
-    run.check_finite()
+    check_finite(run)
     if isinstance(rows := run.optimizers.get("prototypes"), optim.RowSGD):
         rows.catch_up()
     tensors = state.named_state(modules(run), run.optimizers)
     floats = torch.stack([t.detach().isfinite().all().to(run.device) for t in tensors.values() if t.is_floating_point()])
     run.finite *= distributed.all_reduce(floats.all().float(), "min")
-    run.check_finite()
+    check_finite(run)
     for encoder in (run.encoder, run.key_encoder):
         if encoder is not None:
             state.average_statistics(encoder)

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from protomem.data.commands import app as data_app
-from protomem.elastic import end_with_agent
+from protomem.elastic import end_with_agent, starting
 from protomem.errors import UserError
 from protomem.recipe_commands import app as recipes_app
 from protomem.redact import hide, printable
@@ -40,19 +40,21 @@ def train(
 
     SIGTERM, SIGINT and SIGUSR1 end it after the step at hand, with everything saved; the same command goes on from there.
     Exit codes: 0 finished; 75 stopped by a signal, saved, to be started again; 2 an error of config, data or machine, told in
-    a line; anything else an unexpected end. Ranks that torchrun or srun started end with 0 also when stopped, since those take
-    any other code for a failure; the file `stopped` in the output folder tells, and is gone once the run goes on.
+    a line (78 where it refuses the first start by torchrun); anything else an unexpected end. Ranks that torchrun or srun
+    started end with 0 also when stopped, since those take any other code for a failure; the file `stopped` in the output
+    folder tells, and is gone once the run goes on.
     """
     from protomem.signals import STOPPED, StopRequest
 
     with StopRequest() as stop:  # before torch is imported: a signal to a run that just starts is not lost
         from protomem import config
 
-        loaded = config.load(*config.split_arguments(arguments))
+        with starting():
+            loaded = config.load(*config.split_arguments(arguments))
         from protomem import trainer
 
         finished = trainer.train(loaded, stop)
-        from protomem.distributed import detect_launcher
+        from protomem.launcher import detect_launcher
     if not finished and detect_launcher()[0] == "single":
         raise typer.Exit(STOPPED)
 
@@ -195,4 +197,4 @@ def main() -> None:
         app()
     except (UserError, OSError) as error:
         print(f"error: {printable(hide(str(error)))}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(getattr(error, "code", 2))

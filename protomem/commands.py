@@ -10,12 +10,12 @@ from typing import Callable
 import numpy as np
 
 from protomem import build, config, distributed, state
+from protomem.console import event_line
 from protomem.data.records import open_records
 from protomem.errors import UserError
 from protomem.files import replace_file
 from protomem.evaluate.extract import evaluate_bins, extract
 from protomem.evaluate.templates import random_protocol, read_protocol, verify_templates
-from protomem.metrics import event_line
 
 
 def load_run(run: Path, device) -> tuple:

@@ -1,13 +1,18 @@
-"""Workers of an elastic job (torchrun): they end with the agent that started them, and go on when only others leave."""
+"""Workers of a job of torchrun: they end with the agent that started them, tell it when starting them again is of no use, and
+go on when only others leave."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 
+from protomem.errors import UserError
+
 PR_SET_PDEATHSIG = 1
+REFUSED = 78  # exit code of a rank whose start was refused (EX_CONFIG of sysexits.h); see protomem/torchrun.py
 
 
 def end_with_agent(env=os.environ) -> None:
@@ -23,6 +28,21 @@ def end_with_agent(env=os.environ) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != agent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def starting(env=os.environ):
+    """A UserError inside (or another rank's, told by SystemExit) ends the job if this is its first start: whoever started it is
+    there to read the line, nothing was trained, and another start would come to the same. Later ones may come to something
+    else, since a machine or a disk was lost meanwhile; so may those of machines that come and go (PROTOMEM_ELASTIC).
+    """
+    try:
+        yield
+    except (UserError, SystemExit) as error:
+        again = any(int(env.get(k, 0)) for k in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+        if "TORCHELASTIC_RUN_ID" in env and "PROTOMEM_ELASTIC" not in env and not again:
+            error.code = REFUSED
+        raise
 
 
 def only_others_leave(asked: bool, env=os.environ) -> bool:

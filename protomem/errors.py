@@ -9,7 +9,10 @@ class UserError(Exception):
     """Something outside protomem is wrong (a config key, a file, a device). The message names it and says what to do.
 
     It is one line without control characters and without secrets, whatever it quotes.
+    code: what the command line exits with (protomem/elastic.py has another one for refused ranks of a job).
     """
+
+    code = 2
 
     def __init__(self, message: str):
         message = printable(hide(str(message)))

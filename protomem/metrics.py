@@ -7,15 +7,15 @@ import math
 import resource
 import sys
 import time
-import uuid
 from pathlib import Path
 
 import torch
 
+from protomem.console import event_line, start_progress, step_line
 from protomem.environment import environment
-from protomem.errors import UserError
 from protomem.files import parse_json, replace_file
-from protomem.redact import hide, hide_argument, printable, without_secrets
+from protomem.log_services import start_wandb, tensorboard_writer
+from protomem.redact import hide, printable, without_secrets
 
 
 class RunLog:
@@ -57,9 +57,9 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         config = without_secrets(config)
         # The services first: they may refuse, and then nothing of this run has been touched.
-        writer = _tensorboard_writer() if tensorboard else None
+        writer = tensorboard_writer() if tensorboard else None
         if (wandb or {}).get("mode", "disabled") != "disabled":
-            self._wandb = _start_wandb(folder, config, **without_secrets(wandb))
+            self._wandb = start_wandb(folder, config, **without_secrets(wandb))
         if writer:
             purge = None if resume_step is None else max(resume_step + 1, 0)
             self._tensorboard = writer(folder / "tensorboard", purge_step=purge)
@@ -67,7 +67,7 @@ class RunLog:
         _truncate(folder / "metrics.jsonl", resume_step)
         self._file = open(folder / "metrics.jsonl", "ab", buffering=0)
         if console and sys.stdout.isatty():
-            self._progress = _start_progress(total_steps, max(resume_step or 0, 0))
+            self._progress = start_progress(total_steps, max(resume_step or 0, 0))
 
     def step(self, step: int, values: dict) -> None:
         """Log `values` (numbers or 0-d tensors) of `step`, the number of optimizer steps done.
@@ -199,48 +199,6 @@ def _is_value(value) -> bool:
     return value is None or type(value) in (int, float) and abs(value) < 1e300
 
 
-def step_line(step: int, total_steps: int, values: dict, eta_s: float) -> str:
-    """`step 1200/20000  loss 12.345  lr 0.02  1843 images/s  wait 3%  mem 1.2 GB  eta 1:23:45`"""
-    parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
-    for key, form in (
-        ("loss", "loss {:.4f}"),
-        ("lr", "lr {:.4g}"),
-        ("images_per_s", "{:.0f} images/s"),
-        ("data_wait", "wait {:.0%}"),
-        ("memory_gb", "mem {:.1f} GB"),
-    ):
-        if key in values:
-            parts.append(form.format(values[key]))
-    if eta_s > 0 or step >= total_steps:
-        minutes, seconds = divmod(round(eta_s), 60)
-        parts.append(f"eta {minutes // 60}:{minutes % 60:02}:{seconds:02}")
-    return "  ".join(parts)
-
-
-def event_line(kind: str, values: dict) -> str:
-    """One readable line for an event; evaluations in per cent."""
-    rest = dict(values)
-    parts = [kind]
-    if "step" in rest:
-        parts.append(f"step {rest.pop('step')}")
-    if kind == "evaluation" and "accuracy" in rest:
-        name = " ".join(str(rest[k]) for k in ("tag", "name") if k in rest)
-        parts.append(name + (" (rendered)" if rest.get("rendered") else ""))
-        parts.append(f"accuracy {100 * rest['accuracy']:.2f} ± {100 * rest.get('accuracy_std', math.nan):.2f} %")
-        for key, name in (("tar@1e-3", "TAR@FAR=1e-3"), ("auc", "AUC"), ("eer", "EER")):
-            value = rest.get(key, math.nan)
-            parts.append(f"{name} " + ("-" if math.isnan(value) else f"{100 * value:.2f} %"))
-        return "  ".join(parts)
-    if kind == "templates":
-        parts.append(f"pooled by {rest['pooling']}")
-        names = {"tar@1e-5": "TAR@FAR=1e-5", "tar@1e-4": "1e-4", "tar@1e-3": "1e-3", "tar@1e-2": "1e-2", "auc": "AUC", "eer": "EER"}
-        for key, name in names.items():
-            parts.append(f"{name} " + ("-" if math.isnan(rest[key]) else f"{100 * rest[key]:.2f} %"))
-        return "  ".join([*parts, f"{rest['pairs']} pairs"])
-    parts += [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items()]
-    return "  ".join(parts)
-
-
 def peak_memory_gb() -> float:
     """Peak GPU memory of this process where it uses one, else its peak resident memory, in GB (1e9 bytes)."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -288,55 +246,3 @@ def _write_description(folder: Path, config: dict) -> None:
 
     replace_file(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)).encode())
     replace_file(folder / "environment.json", json.dumps(environment(), indent=1).encode() + b"\n")
-
-
-def _start_progress(total_steps: int, done: int):
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    progress = Progress(TextColumn("training"), BarColumn(None), TaskProgressColumn(), TimeElapsedColumn())
-    progress.add_task("training", total=total_steps, completed=done)
-    progress.start()
-    return progress
-
-
-def _tensorboard_writer():
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "tensorboard logging is on but not installed: pip install tensorboard, or switch it off"
-        ) from None
-    return SummaryWriter
-
-
-def _start_wandb(folder: Path, config: dict, mode: str, project=None, name=None, entity=None):
-    if mode not in ("offline", "online"):
-        raise UserError(f"wandb mode={mode} is not one of disabled, offline, online")
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "wandb logging is on but not installed: pip install protomem[wandb], or wandb mode=disabled"
-        ) from None
-    id_file = folder / "wandb_id"
-    run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
-    # wandb stores the command line; where that holds a secret, it gets no description of the run but the config.
-    secret = any(hide_argument(argument) != argument for argument in sys.argv)
-    more = {"x_disable_meta": True} if secret else {}
-    try:
-        run = wandb.init(
-            mode=mode,
-            project=project or "protomem",
-            entity=entity,
-            name=name,
-            id=run_id,
-            resume="allow",
-            dir=folder,
-            config=config,
-            settings=wandb.Settings(console="off", silent=True, **more),
-        )
-    except wandb.errors.Error as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"wandb cannot start ({reason}); run `wandb login` once, or set wandb mode=offline") from None
-    id_file.write_text(run_id + "\n")
-    return run

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import protomem
-from protomem import distributed
+from protomem import checkpointing, distributed, state
 from protomem.errors import UserError
 
 PIECE = 1 << 20  # elements that are hashed at once
@@ -60,6 +60,21 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
         # Odd factors, so that every bit counts; products wrap around at 2^64.
         total = total + (piece * (2 * place + 1) + (piece >> 7) * (place * 40503 + 1)).sum()
     return total & ((1 << 62) - 1)
+
+
+def check_run(run) -> None:
+    """Every distributed.check_every steps: `check_state` of all of a run that should be equal. Collective."""
+    every = run.config.distributed.check_every
+    if not every or run.step % every or run.context.world_size == 1:
+        return
+    modules = checkpointing.modules(run)
+    # BatchNorm statistics are each rank's own between checkpoints.
+    encoders = [part for part in ("encoder", "key_encoder") if part in modules]
+    own = {f"{part}.{k}" for part in encoders for k, _ in modules[part].named_buffers()}
+    tensors = state.named_state(modules, run.optimizers)
+    tensors = {k: v.to(run.device) for k, v in tensors.items() if k not in own and not state.is_rows(k, v)}
+    position = torch.tensor([run.step, run.learning_rate(run.step)], dtype=torch.float64, device=run.device)
+    check_state({"step and learning rate": position, **tensors}, run.step)
 
 
 def check_state(tensors: dict[str, torch.Tensor], step: int) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from protomem.console import event_line
 from protomem.evaluate.verification import FARS, far_name
-from protomem.metrics import event_line
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 KINDS = {

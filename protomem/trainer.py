@@ -10,24 +10,25 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from protomem import build, checkpointing, checks, composition, distributed, flight, lock, optim, replicas, state, straggler
+from protomem import build, checkpointing, checks, composition, distributed, evaluation, flight, interval, lock, optim, replicas
 from protomem.data.augment import AugmentOptions
 from protomem.data.inspect import known_bad
-from protomem.data.pairs import read_bin
 from protomem.data.pipeline import make_loader, normalise
 from protomem.data.records import open_records
-from protomem.elastic import only_others_leave
+from protomem.data_parallel import data_parallel, settle_buckets
+from protomem.elastic import only_others_leave, starting
 from protomem.encoder.compiled import compiled
 from protomem.errors import UserError
-from protomem.evaluate.extract import evaluate_bins
 from protomem.files import replace_file
+from protomem.gradients import LossScaler, clip_gradients
 from protomem.memory_run import MemoryRun
-from protomem.metrics import RunLog, read_metrics
-from protomem.report import save_evaluation, write_report
+from protomem.metrics import RunLog
+from protomem.report import write_report
 from protomem.schedule import learning_rate
 from protomem.seeds import mix
 from protomem.signals import STOPPED, StopRequest
 from protomem.step import Extras, MicroBatch, enqueue, forward_backward
+from protomem.straggler import Stopwatch
 from protomem.watch import watched
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,13 +41,7 @@ class Run:
         self.config, self.context, self.device = config, context, context.device
         self.folder, self.step, self.overflows = Path(config.output), 0, 0
         self.goes_on = False  # after a stop that concerned other machines only
-        self.best = None
-
-        def look():
-            self.best = state.best_so_far(self.folder / "checkpoints")
-
-        distributed.main_first(look)  # whether an evaluation is the best decides whether all save: what rank 0 reads counts
-        self.best = distributed.broadcast_object(self.best)
+        self.best = evaluation.best_so_far(self.folder)
         checks.graphs(config, self.device)
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
@@ -62,7 +57,7 @@ class Run:
         self.criterion = build.criterion_from(config, self.prototypes.num_identities, self.device)
         self.contrast = build.contrast_from(config, self.epoch_steps, self.device)
         self.optimizers = build.optimizers_from(config, self.encoder, self.prototypes, self.criterion)
-        self.scaler = optim.LossScaler(self.device) if config.encoder.precision == "fp16" else None
+        self.scaler = LossScaler(self.device) if config.encoder.precision == "fp16" else None
         self.margin = build.margin_from(config)
         self.head = build.head_from(config)
         self.key_encoder = build.key_encoder_from(config, self.encoder)
@@ -84,9 +79,9 @@ class Run:
             raise UserError(mistake)
         self.warmup = s.warmup_steps or round(s.warmup_epochs * self.epoch_steps)
         self.parts = checks.cut_rows(t.batch_size, self.sampler.together, world, t.accumulate)
-        self._learning_rate(0)  # a schedule that makes no sense is told before anything is built
+        self.learning_rate(0)  # a schedule that makes no sense is told before anything is built
 
-    def _learning_rate(self, step: int) -> float:
+    def learning_rate(self, step: int) -> float:
         s = self.config.schedule
         return learning_rate(
             step,
@@ -100,59 +95,10 @@ class Run:
             s.final_lr,
         )
 
-    # --- evaluation ------------------------------------------------------------------------------------------------
-
-    def evaluate(self, tag: str) -> dict:
-        """Verify all pair sets; stores them for the report; returns {set: Verification}, equal on every rank."""
-        if not self.sets:
-            return {}
-        state.average_statistics(self.encoder)
-        c = self.config
-        with flight.collective("evaluation"):
-            results = evaluate_bins(
-                self.encoder,
-                list(self.sets.values()),
-                device=self.device,
-                batch_size=c.evaluate.batch_size,
-                precision=c.encoder.precision,
-                flip=c.evaluate.flip,
-                backend=c.data.loader,
-                size=c.data.size,
-            )
-        if self.context.is_main:
-            save_evaluation(self.folder, tag, results, {name: read_bin(path)[0] for name, path in self.sets.items()})
-        for name, result in results.items():
-            self.log.event("evaluation", step=self.step, tag=tag, name=name, **result.summary())
-        return results
-
-    def _killed_before_evaluation(self, resumed: Path) -> bool:
-        """Whether this run's checkpoint has not been evaluated, or is not yet known as the best. Equal on all ranks."""
-        if resumed.parent != (self.folder / "checkpoints").resolve():  # of another run
-            return False
-        events = read_metrics(self.folder) if self.context.is_main else []
-        events = [e for e in events if e.get("event") == "evaluation" and e["step"] == self.step and e["tag"] != "initial"]
-        found = {e["name"]: e.get("accuracy") for e in events}
-        best = self.best["accuracy"] if self.best and self.best["set"] == self._decisive() else -1.0
-        unmarked = (found.get(self._decisive()) or -1.0) > best
-        return distributed.broadcast_object(unmarked or not set(self.sets) <= set(found))
-
-    def _decisive(self) -> str | None:
-        return self.config.checkpoint.best or next(iter(self.sets), None)
-
-    def _improved(self, results: dict) -> bool:
-        """Whether checkpoint.best (a pair set; null: the first) has its highest accuracy so far; remembers it."""
-        name = self._decisive()
-        accuracy = results[name].summary()["accuracy"]
-        if self.best is not None and self.best["set"] == name and accuracy <= self.best["accuracy"]:
-            return False
-        self.best = {"step": self.step, "set": name, "accuracy": accuracy}
-        return True
-
-    # --- the loop --------------------------------------------------------------------------------------------------
-
     def run(self, stop: StopRequest) -> bool:
         """Train up to the end, or until `stop` was asked for; whether it was the end."""
-        resumed = checkpointing.resume(self)
+        with starting():
+            resumed = checkpointing.resume(self)
         c = self.config
         try:
             self.log = RunLog(
@@ -170,10 +116,10 @@ class Run:
         with contextlib.closing(self.log), self.saver:
             if resumed:
                 self.log.event("resume", step=self.step, path=str(resumed), world_size=self.context.world_size)
-                if self._killed_before_evaluation(resumed):
-                    self._evaluate_if_due(resumed)
+                if evaluation.killed_before(self, resumed):
+                    evaluation.if_due(self, resumed)
             elif c.evaluate.initial:
-                self.evaluate("initial")
+                evaluation.evaluate(self, "initial")
             marker = self.folder / "stopped"
             if self.context.is_main:
                 marker.unlink(missing_ok=True)
@@ -190,15 +136,15 @@ class Run:
 
     def prepare(self) -> None:
         """What `_one_step` needs: the encoder as it is trained, and the counters of a logging interval."""
-        model = distributed.data_parallel(self.encoder, self.device)
+        model = data_parallel(self.encoder, self.device)
         model.train()
         if self.context.world_size > 1:
-            self._settle_buckets(model)
-        self.stopwatch = straggler.Stopwatch(self.device)
+            settle_buckets(model, self.encoder, self.config.data.size, self.device)
+        self.stopwatch = Stopwatch(self.device)
         self.model = self.stopwatch.around(compiled(model, self.config.encoder.compile))
         self.saved = self.first = self.step
         self.finite = torch.ones((), device=self.device)
-        self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": time.monotonic(), "from": self.step}
+        interval.begin(self)
 
     def _train(self, stop: StopRequest) -> bool:
         c = self.config
@@ -215,11 +161,11 @@ class Run:
                 open_things.callback(self.memory.close)  # first: the loader may be waiting in the sampler
             while self.step < self.total:
                 epoch, position = divmod(self.step, self.epoch_steps)
-                for batch in self._timed(loader.epoch(epoch, position)):
+                for batch in interval.timed(self, loader.epoch(epoch, position)):
                     stats = self._one_step(batch)
                     if self.step % c.log.every == 0 or self.step == self.total:
-                        self._report(stats)
-                    self._check_replicas()
+                        interval.report(self, stats)
+                    replicas.check_run(self)
                     self._periodic()
                     if self.step == self.total:
                         break
@@ -279,31 +225,11 @@ class Run:
         torch.manual_seed(mix(self.config.train.seed, 5, step, self.context.rank))
         enqueue(part, self.encoder, self.prototypes, **self._forms())
 
-    def _settle_buckets(self, model: torch.nn.Module) -> None:
-        """DDP re-orders its gradient buckets after its first backward, and with three or more ranks their order decides
-        how float sums round. One empty pass before the first step lets a resumed run round as the uninterrupted one."""
-        kept = [b.clone() for b in self.encoder.buffers()]
-        size = self.config.data.size
-        model(torch.zeros(2, 3, size, size, device=self.device)).sum().mul(0).backward()
-        for buffer, value in zip(self.encoder.buffers(), kept):
-            buffer.copy_(value)
-
-    def _timed(self, batches):
-        """Yields the batches; measures how long the loop waits for each."""
-        batches = iter(batches)
-        while True:
-            start = time.monotonic()
-            batch = next(batches, None)
-            self.interval["wait"] += time.monotonic() - start
-            if batch is None:
-                return
-            yield batch
-
     def _one_step(self, batch) -> dict[str, torch.Tensor]:
         c, rank = self.config, self.context.rank
         compiles = c.encoder.compile != "off" and self.step == self.first  # which may take minutes
         flight.at_step(None if compiles else self.step + 1)
-        lr = self._learning_rate(self.step)
+        lr = self.learning_rate(self.step)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
             optim.set_learning_rate(optimizer, lr)
@@ -362,57 +288,10 @@ class Run:
                 return False
             self.overflows = 0
         if self.config.optimizer.clip > 0:
-            stats["grad_norm"] = optim.clip_gradients(encoder_params, shard, self.config.optimizer.clip)
+            stats["grad_norm"] = clip_gradients(encoder_params, shard, self.config.optimizer.clip)
         for optimizer in self.optimizers.values():
             optimizer.step()
         return True
-
-    def _report(self, stats: dict) -> None:
-        now, i = time.monotonic(), self.interval
-        seconds = max(now - i["since"], 1e-9)
-        values = {**stats, "epoch": self.step / self.epoch_steps, "images_per_s": i["images"] / seconds}
-        # The others wait in a collective for the rank that waits for its data.
-        own = torch.tensor([[i["wait"] / seconds, i["skipped"]]], dtype=torch.float64, device=self.device)
-        wait, skipped = distributed.gather_rows(own, [1] * self.context.world_size).unbind(1)
-        values["data_wait"] = wait.max()
-        if skipped.sum() > 0:
-            values["skipped_images"] = int(skipped.sum())
-        self.log.step(self.step, values)
-        self.check_finite()
-        if self.memory:
-            self.memory.check()
-        self._find_straggler()
-        self.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": now, "from": self.step}
-
-    def _find_straggler(self) -> None:
-        factor, i, own = self.config.distributed.straggler, self.interval, self.stopwatch.read()
-        if factor and self.context.world_size > 1:
-            found = straggler.find(i["wait"] + own, self.step - i["from"], factor, self.device)
-            if found:
-                self.log.event("straggler", step=self.step, **found)
-
-    def _check_replicas(self) -> None:
-        every = self.config.distributed.check_every
-        if not every or self.step % every or self.context.world_size == 1:
-            return
-        modules = checkpointing.modules(self)
-        # BatchNorm statistics are each rank's own between checkpoints.
-        encoders = [part for part in ("encoder", "key_encoder") if part in modules]
-        own = {f"{part}.{k}" for part in encoders for k, _ in modules[part].named_buffers()}
-        tensors = state.named_state(modules, self.optimizers)
-        tensors = {k: v.to(self.device) for k, v in tensors.items() if k not in own and not state.is_rows(k, v)}
-        position = torch.tensor([self.step, self._learning_rate(self.step)], dtype=torch.float64, device=self.device)
-        replicas.check_state({"step and learning rate": position, **tensors}, self.step)
-
-    def check_finite(self) -> None:
-        if not self.finite.item():
-            with contextlib.suppress(UserError):
-                self.saver.wait()  # what is being written was finite
-            kept = f"the checkpoint of step {self.saver.written} is intact" if self.saver.written else "nothing was saved"
-            raise UserError(
-                f"the loss became NaN or infinite by step {self.step}; {kept}: lower optimizer.lr, set optimizer.clip, or "
-                "lengthen the warm-up, and start again"
-            )
 
     def _periodic(self) -> None:
         c, last, start = self.config, self.step == self.total, time.monotonic()
@@ -420,22 +299,9 @@ class Run:
         path = None  # saved first: an evaluation that fails must not cost the training
         if last or (c.checkpoint.every and self.step % c.checkpoint.every == 0):
             path = checkpointing.save(self)
-        self._evaluate_if_due(path)
+        evaluation.if_due(self, path)
         flight.at_step(self.step + 1)
         self.interval["since"] += time.monotonic() - start  # evaluating and saving is not training time
-
-    def _evaluate_if_due(self, path: Path | None) -> None:
-        """path: the checkpoint of this step, None if there is none so far."""
-        c, last = self.config, self.step == self.total
-        if not self.sets or not (last or (c.evaluate.every and self.step % c.evaluate.every == 0)):
-            return
-        results = self.evaluate("final" if last else f"step-{self.step}")
-        if self._improved(results):
-            path = path or checkpointing.save(self)
-            self.saver.wait()
-            if self.context.is_main:
-                state.mark_best(self.folder / "checkpoints", path, self.best)
-
 
 def train(config: DictConfig, stop: StopRequest | None = None) -> bool:
     """Train as the config says, on all ranks that the launcher started; False if a signal stopped it, all being saved.
@@ -448,8 +314,9 @@ def train(config: DictConfig, stop: StopRequest | None = None) -> bool:
         stop = stop or listening.enter_context(StopRequest())
         context = distributed.init(config.distributed.device, timeout_s)
         with watched(config.output, timeout_s, context.device), lock.one_run(folder, timeout_s):
-            replicas.check_config(config)
-            run = Run(config, context)
+            with starting():
+                replicas.check_config(config)
+                run = Run(config, context)
             finished = run.run(stop)
         distributed.shutdown()  # not after an error: leaving the group can hang, and the message must come out
     if run.goes_on:

@@ -12,6 +12,7 @@ from benchmarks import composition
 from protomem import build, config, distributed, recipe_commands, signals, trainer
 from protomem.composition import late_parts
 from protomem.data.pipeline import normalise
+from protomem.data_parallel import data_parallel
 from protomem.errors import UserError
 from protomem.step import Extras, MicroBatch, forward_backward
 from tests.ranks import run_ranks
@@ -72,7 +73,7 @@ def train(c) -> list[float]:
     extras = Extras(encoder=encoder)
     if c.quality.estimator == "recognizability":
         extras.copies, extras.total = lambda images: images.flip(1)[:1], world
-    model, losses = distributed.data_parallel(encoder, device).train(), []
+    model, losses = data_parallel(encoder, device).train(), []
     for step, labels in enumerate(LABELS):
         images = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(step))
         bounds = [distributed.batch_bounds(8, r, world, 2) for r in range(world)]

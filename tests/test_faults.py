@@ -1,20 +1,23 @@
-"""What else can go wrong: full and read-only disks, data that change under a run, a second run, errors beside a checkpoint."""
+"""What else can go wrong: full and read-only disks, data that change under a run, errors beside a checkpoint."""
 
 import contextlib
 import json
-import multiprocessing as mp
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
-from protomem import checksums, lock, metrics, state, trainer
+from protomem import checkpointing, checksums, distributed, evaluation, metrics, state, trainer
 from protomem.data.pairs import write_bin
 from protomem.errors import UserError
+from protomem.signals import StopRequest
 from protomem.trainer import train
 from tests.conftest import coloured_images
 from tests.ranks import run_ranks
@@ -88,6 +91,59 @@ def test_a_full_disk(runs, small_disk):  # noqa: F811
     assert steps_of(disk / "run") == [6, 8] and whole(disk / "run")
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_disk_that_is_full_when_a_checkpoint_gets_its_marker(tmp_path, world):
+    """training.json, whose presence makes a folder a checkpoint, is written last and fails: it is none, all ranks say so."""
+
+    def opened(path, mode="r"):
+        return open("/dev/full" if Path(path).name == "training.json" else path, mode)
+
+    def work():
+        def save(step):
+            return state.save(tmp_path, step, {"encoder.w": torch.full((8,), float(step))}, 0, {}, keep=3)
+
+        save(1)
+        state.open = opened
+        try:
+            save(2)
+        except UserError as error:
+            message = str(error)
+        finally:
+            del state.open
+        distributed.barrier()
+        left = [p.name for p in state.checkpoints(tmp_path)], sorted(p.name for p in tmp_path.iterdir())
+        distributed.barrier()
+        save(2)
+        return message, left
+
+    told = "cannot write checkpoint .*step-00000002: .*No space left on device; free the disk or set another output folder"
+    for message, left in run_ranks(world, work):
+        assert re.fullmatch(told, message), message
+        assert left == (["step-00000001"], ["last", "step-00000001"])
+    assert [p.name for p in state.checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
+
+
+def full(path, *_):
+    with open("/dev/full", "wb", buffering=0) as file:
+        file.write(b"x")
+
+
+def test_a_full_disk_does_not_make_a_stopped_run_a_failure(runs, monkeypatch):  # noqa: F811
+    """All is saved when `stopped` is to be written, and whoever started the run looks for that file."""
+    monkeypatch.setattr(trainer, "replace_file", full)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert train(runs.settings("stopped-full"), stop) is False
+    assert steps_of(runs.folder / "stopped-full") == [1] and (runs.folder / "stopped-full" / "stopped").exists()
+
+
+def test_a_full_disk_when_a_run_marks_its_folder_is_one_line(runs, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setattr(checkpointing, "replace_file", full)
+    with pytest.raises(UserError, match="output=.*marked-full cannot be written .No space left on device.; make room"):
+        train(runs.settings("marked-full"))
+
+
 def test_the_log_waits_in_memory_while_the_disk_is_full(tmp_path, capsys):
     log = metrics.RunLog(tmp_path, total_steps=4, config={}, is_main=True)
     log.step(1, {"loss": 1.0})
@@ -145,39 +201,6 @@ def test_a_data_file_that_changes_under_the_run_is_named(runs, tmp_path, monkeyp
     with pytest.raises(UserError, match=f"{rec} was changed while it was in use .record .*; put back what was there") as error:
         train(settings)
     assert "\n" not in str(error.value)
-
-
-def hold(folder, held):
-    with lock.one_run(folder, 1):
-        held.set()
-        time.sleep(60)
-
-
-def test_a_second_run_in_the_same_folder_waits_and_is_refused(tmp_path, monkeypatch, capsys):
-    """While the first lives; as soon as it is killed, the second goes on. Nothing stays of a run that wrote nothing."""
-    context, folder = mp.get_context("fork"), tmp_path / "run"
-    held = context.Event()
-    first = context.Process(target=hold, args=(folder, held))
-    first.start()
-    try:
-        assert held.wait(60)
-        monkeypatch.setattr(lock, "PATIENCE_S", 0.1)
-        with pytest.raises(UserError, match=f"run is in use by process {first.pid} on .*; end it, or choose another output"):
-            with lock.one_run(folder, 1):
-                pass
-        monkeypatch.setattr(lock, "PATIENCE_S", 60)
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(first.pid, signal.SIGKILL))
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
-        with lock.one_run(folder, 600):
-            assert not first.is_alive() and str(os.getpid()) in (folder / ".lock").read_text()
-        assert capsys.readouterr().out.count("waiting up to 60 s") == 1
-    finally:
-        first.kill()
-        first.join()
-    assert list(folder.iterdir()) == []
-    with lock.one_run(tmp_path / "new" / "run", 1):
-        pass
-    assert not (tmp_path / "new").exists()
 
 
 @contextlib.contextmanager
@@ -255,11 +278,11 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(runs, tmp_path, monk
     def evaluations():
         return [(line["tag"], line["step"]) for line in metrics.read_metrics(folder) if line.get("event") == "evaluation"]
 
-    def killed(self, tag):
+    def killed(run, tag):
         raise UserError("killed")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="killed"):
-        patch.setattr(trainer.Run, "evaluate", killed)
+        patch.setattr(evaluation, "evaluate", killed)
         train(settings)
     assert steps_of(folder) == [2, 4] and evaluations() == []
     for _ in range(2):

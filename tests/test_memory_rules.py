@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from protomem import distributed
+from protomem.data_parallel import data_parallel
 from protomem.head import HEADS
 from protomem.objective.margins import build_margin
 from protomem.prototypes.memory import PrototypeMemory, generate
@@ -238,7 +239,7 @@ def encoder_gradients(gradient: str) -> list:
     images = torch.randn(len(LABELS), 5, dtype=torch.float64)
     encoder = torch.nn.Linear(5, D).double()
     rank, world = distributed.rank(), distributed.world_size()
-    model = distributed.data_parallel(encoder, torch.device("cpu"))
+    model = data_parallel(encoder, torch.device("cpu"))
     memory = PrototypeMemory(10, D, size=5, gradient=gradient, quality=Quality(D, estimator="norm")).double()
     sizes = [12] if world == 1 else [7, 5] if world == 2 else [1, 8, 3]
     mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))

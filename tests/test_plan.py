@@ -11,8 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from protomem import build, config, distributed, step
+from protomem import build, config, distributed, interval, step
 from protomem.data.pipeline import normalise
+from protomem.data_parallel import data_parallel, settle_buckets
 from protomem.errors import UserError
 from protomem.head import Columns, GradSink, blocked, blocked_head
 from protomem.plan import advice, estimate, hardware, scale, show
@@ -257,10 +258,11 @@ def _counted(names, output):
     torch.distributed.all_reduce = record("all_reduce", torch.distributed.all_reduce, 0)
     for name in names:
         run = Run(config.load([], [*DATA, f"output={output}", *COMMUNICATING[name]]), context)
-        run.model = distributed.data_parallel(run.encoder, run.device).train()
+        run.model = data_parallel(run.encoder, run.device).train()
         run.model.register_comm_hook(None, hook)
-        run._settle_buckets(run.model)
-        run.finite, run.interval = torch.ones(()), {"images": 0, "skipped": 0, "wait": 0.0, "since": 0.0}
+        settle_buckets(run.model, run.encoder, run.config.data.size, run.device)
+        run.finite = torch.ones(())
+        interval.begin(run)
         loader = run._loader(run.sampler)
         for batch, _ in zip(loader.epoch(0), range(2)):
             calls.clear(), buckets.clear()

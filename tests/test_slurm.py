@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from protomem import config, distributed, slurm
+from protomem import config, launcher, slurm
 from protomem.data.faces import write_face_set
 from protomem.errors import UserError
 from protomem.trainer import train
@@ -49,14 +49,14 @@ STEP |= {"SLURM_STEP_NUM_TASKS": "6", "SLURM_NTASKS": "6", "SLURM_STEP_TASKS_PER
 
 
 def test_launchers_are_told_apart():
-    assert distributed.detect_launcher(STEP) == ("slurm", 5, 6, 1)
-    assert distributed.ranks_here("slurm", STEP) == 2
+    assert launcher.detect_launcher(STEP) == ("slurm", 5, 6, 1)
+    assert launcher.ranks_here("slurm", STEP) == 2
     inside = {**STEP, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    assert distributed.detect_launcher(inside) == ("torchrun", 3, 4, 1)
-    assert distributed.ranks_here("torchrun", inside) == 2
+    assert launcher.detect_launcher(inside) == ("torchrun", 3, 4, 1)
+    assert launcher.ranks_here("torchrun", inside) == 2
     # The batch script and the shell of an interactive allocation: one process, whatever the job may start.
-    assert distributed.detect_launcher({"SLURM_PROCID": "0", "SLURM_NTASKS": "6"}) == ("single", 0, 1, 0)
-    assert distributed.detect_launcher({**STEP, "SLURM_STEP_NUM_TASKS": "1"}) == ("single", 0, 1, 0)
+    assert launcher.detect_launcher({"SLURM_PROCID": "0", "SLURM_NTASKS": "6"}) == ("single", 0, 1, 0)
+    assert launcher.detect_launcher({**STEP, "SLURM_STEP_NUM_TASKS": "1"}) == ("single", 0, 1, 0)
 
 
 def test_where_the_ranks_meet():
@@ -135,7 +135,7 @@ def test_batch_finished_and_how_the_ranks_are_started(tmp_path):
     assert words[1:4] == ["--nodes=2", "--ntasks=2", "--cpus-per-task=16"] and "--kill-on-bad-exit=1" in words
     torchrun = "--nnodes=2 --nproc-per-node=8 --max-restarts=3 --rdzv-backend=c10d --rdzv-id=42.2"
     assert f"{torchrun} --rdzv-endpoint=10.0.0.1:20244 --numa-binding=node -m protomem" in srun
-    assert f"{tmp_path}/container exec {tmp_path}/python -m torch.distributed.run" in srun
+    assert f"{tmp_path}/container exec {tmp_path}/python -m protomem.torchrun" in srun
     assert srun.endswith("-m protomem train c.yaml a=b c")
 
 

@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from protomem import checkpointing, config, distributed, state, trainer
+from protomem import checkpointing, config, distributed, evaluation, interval, state, trainer
 from protomem.errors import UserError
 from protomem.trainer import train
 from tests.ranks import run_ranks
@@ -250,7 +250,7 @@ def test_a_slow_loader_shows_as_waiting(monkeypatch):
 
     def work():
         now = [100.0]
-        monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(interval.time, "monotonic", lambda: now[0])
         slow = distributed.rank() == 1
 
         def batches():
@@ -264,16 +264,17 @@ def test_a_slow_loader_shows_as_waiting(monkeypatch):
         run.device, run.finite, run.memory = run.context.device, torch.ones(()), None
         run.step, run.epoch_steps, run.total = 1, 4, 9
         run.log = types.SimpleNamespace(step=lambda step, values: shown.append({k: float(v) for k, v in values.items()}))
-        run.interval = {"images": 0, "skipped": 0, "wait": 0.0, "since": now[0], "from": 0}
-        run.stopwatch, run._find_straggler = None, lambda: None
+        interval.begin(run)
+        monkeypatch.setattr(interval, "_find_straggler", lambda run: None)
         run.config = config.load([], settings("x", "y", "evaluate.every=1", "data.eval=[z]", "checkpoint.every=0"))
         run.sets = {"z": "z.bin"}
-        run.evaluate, run._improved = lambda tag: now.__setitem__(0, now[0] + 50.0), lambda results: False
-        for _ in run._timed(batches()):
+        monkeypatch.setattr(evaluation, "evaluate", lambda run, tag: now.__setitem__(0, now[0] + 50.0))
+        monkeypatch.setattr(evaluation, "_improved", lambda run, results: False)
+        for _ in interval.timed(run, batches()):
             now[0] += 1.0 + 3.0 * (not slow)  # rank 0 waits for rank 1 inside its step
             run.interval["images"] += 24
             run.interval["skipped"] += 1
-            run._report({})
+            interval.report(run, {})
             run._periodic()
         return shown
 
