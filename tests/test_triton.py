@@ -24,15 +24,16 @@ except ImportError:
     triton = None
 needs_triton = pytest.mark.skipif(triton is None, reason="triton is not installed: python -m pip install triton==3.7.1")
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8", torch.int8: "i8"}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use, by compute capability x 10
 
 
 @needs_triton
-def test_numbers_by_the_interpreter():
-    """tests/triton_interpreted.py: the dense head's loss and gradients, on one rank and on two."""
+@pytest.mark.parametrize("file", ["interpreted", "centers"])
+def test_numbers_by_the_interpreter(file):
+    """tests/triton_*.py: the dense head's loss and gradients, on one rank and on several."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/triton_interpreted.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/triton_{file}.py"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
@@ -63,8 +64,11 @@ def calls() -> list[tuple]:
             ((*tensors(64, 4000, 512), 64.0), options, 1),
             ((*everything(64, 4000, 512), 64.0, interclass_filter(0.3)), options, 2),
             ((*tensors(64, 4000, 512, unit=True), 64.0, None, torch.ones(1)), options, 1),
+            ((*tensors(64, 3 * 4000, 512, centers=3, nearest=Nearest()), 64.0, interclass_filter(0.3)), options, 1),
+            ((*tensors(64, 3 * 4000, 512, centers=3), 64.0, None, torch.ones(1)), options, 1),
         ]
     found.append(((*everything(7, 1500, 33), 64.0), options, 1))
+    found.append(((*tensors(7, 2 * 1501, 33, centers=2), 64.0), options, 2))
     found.append(((*tensors(1, 1, 1), 64.0), options, 1))  # Triton makes a constant of every 1
     found.append(((*tensors(64, 4000, 512, unit=True), 64.0), options, 2))
     return found
@@ -168,7 +172,8 @@ def test_nothing_between_the_launches_waits_for_the_device(monkeypatch):
     x, live = tensors(6, 40, 8, unit=True)
     live.live, live.own = Live(torch.ones(3, 8).requires_grad_(), torch.tensor([1, -1, 4])), torch.ones(6, 8).requires_grad_()
     live.uses_own, live.sink = torch.ones(6, dtype=torch.bool), None
-    others = (*everything(6, 40, 8), interclass_filter(0.2), None), (*tensors(6, 40, 8), None, torch.ones(1))
+    several = (*tensors(6, 3 * 40, 8, centers=3, nearest=Nearest()), None, None)
+    others = several, (*everything(6, 40, 8), interclass_filter(0.2), None), (*tensors(6, 40, 8), None, torch.ones(1))
     for inputs, columns, negatives, threshold in ((x, live, None, None), *others):
         with no_waiting():
             cos_y, out = HEADS["triton"](inputs, columns, 8.0, negatives, threshold, block=16, store_mb=0.001)

@@ -51,15 +51,15 @@ STORES = (0, 0.004, 16)  # exponentials of no chunk, of one or two, of all
 
 
 def problem(
-    batch, classes, size, unit=False, hidden=False, own=False, live=False, share=0.0, mapped=False, opposite=False, **_
+    batch, classes, size, centers=1, unit=False, hidden=False, own=False, live=False, share=0.0, mapped=False, opposite=False, **_
 ) -> dict:
     """Tensors of the whole problem, float64 numbers that float32 holds exactly (but unit vectors)."""
     g = torch.Generator().manual_seed(batch * 1000 + classes)
     random = lambda *shape: torch.randn(*shape, generator=g).double()  # noqa: E731
-    p = dict(x=F.normalize(random(batch, size)), rows=random(classes, size))
+    p = dict(x=F.normalize(random(batch, size)), rows=random(classes * centers, size))
     p["labels"] = torch.randint(0, classes, (batch,), generator=g)
     if opposite:
-        p["rows"] = -random(classes, 1).abs() * p["x"].mean(0) + 0.01 * p["rows"]
+        p["rows"] = -random(classes * centers, 1).abs() * p["x"].mean(0) + 0.01 * p["rows"]
     if unit:
         p["rows"] = F.normalize(p["rows"])
     if hidden:
@@ -95,11 +95,11 @@ def compute(head: str, case: dict, p: dict, dtype, **options) -> dict:
     """All results of this rank's shard: values that are equal on every rank, gradients of which the ranks' sum counts, and
     those of the shard."""
     first, last = distributed.shard_bounds(case["classes"], distributed.rank(), distributed.world_size())
-    mine = lambda index: torch.where((index >= first) & (index < last), index - first, -1)  # noqa: E731
+    mine, centers = lambda index: torch.where((index >= first) & (index < last), index - first, -1), case.get("centers", 1)
     leaf = lambda t: t.to(dtype).detach().clone().requires_grad_()  # noqa: E731
-    rows = p["rows"][first:last].to(dtype)
+    rows = p["rows"][first * centers : last * centers].to(dtype)
     x, sink = leaf(p["x"]).requires_grad_(not case.get("frozen")), GradSink() if case.get("sink", True) else None
-    columns = Columns(rows, mine(p["labels"]), sink, unit=case.get("unit", False))
+    columns = Columns(rows, mine(p["labels"]), sink, unit=case.get("unit", False), centers=centers)
     columns.nearest = Nearest() if case.get("nearest") else None
     leaves = dict(dx=x)
     if "valid" in p:

@@ -35,7 +35,17 @@ Four kernels are launched for a chunk forward and two backward, four where e is 
 that is not far from the time of the products themselves at this shape: `block` is the first thing to measure.
 benchmarks/kernels.py checks the gradients on a GPU and then measures.
 
-Legend: B global batch, C prototype rows of this rank, K rows of a chunk, D feature size, T tiles of BN rows in a chunk.
+With sub-centres (`centers` rows for an identity) a tile [BM, BN] is of identities. The logits kernel takes the products with
+their first rows, their second ones and so on, and keeps the largest cosine and which it was in registers: the maxima and sums,
+e [B, K / centers] and with it the winners [B, K / centers], int8, are per identity. add_dx and row_grads take e for the winner
+and 0 for the other rows, so each product still has the FLOPs of all rows. Chunks are whole identities. At B = 1024, D = 512
+and three sub-centres, bf16 operands, a chunk is K = 12288 rows of 4096 identities (2 B + B + 2 * 3 D bytes each, 24 MiB):
+    FLOPs   2 B K D = 12.9 G for each product
+    bytes   e and winners 12.6 MB, instead of 25.2 MB of e for as many identities without a second row; add_dx and row_grads
+            read them `centers` times as often as above, 3 D / BD = 12 times, from L2
+
+Legend: B global batch, C prototype rows of this rank, K rows of a chunk, D feature size, T tiles in a chunk of BN rows, or
+identities.
 """
 
 from __future__ import annotations
@@ -47,6 +57,7 @@ import torch
 from protomem import distributed
 from protomem.errors import UserError
 from protomem.head import kernels
+from protomem.head.centers import resolved
 from protomem.head.contract import Columns, Negatives, combine
 from protomem.head.operands import Operands
 from protomem.head.targets import own_gradients, own_prototypes, target_gradients
@@ -69,6 +80,8 @@ class Tiles:
 
 # Chosen to fit the shared memory of compute capability 8.0 (163 KiB) without spilling registers, not by measurement.
 TILES = {"bf16": Tiles(128, 128, 128, 64, 8, 3), "fp32": Tiles(64, 64, 64, 32, 8, 2)}
+# With sub-centres: n identities. Besides the sums, registers hold the largest so far and which it was.
+CENTER_TILES = {"bf16": Tiles(128, 64, 128, 64, 8, 3), "fp32": Tiles(64, 64, 64, 32, 8, 2)}
 INTERPRETED = Tiles(16, 16, 16, 16, 1, 1)
 
 
@@ -86,9 +99,10 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     kernel[grid](*args, **constants)
 
 
-def chunk_rows(batch: int, size: int, tile: int) -> int:
-    """Rows of a chunk, see above; at least eight tiles."""
-    return max(8 * tile, L2_BYTES // 2 // (batch + size) // tile * tile)
+def chunk_rows(batch: int, size: int, tile: int, centers: int = 1) -> int:
+    """Rows of a chunk, see above; at least eight tiles of `tile` identities."""
+    each = 2 * batch + 2 * centers * size + (batch if centers > 1 else 0)
+    return centers * max(8 * tile, L2_BYTES // each // tile * tile)
 
 
 class _Chunks:
@@ -98,29 +112,34 @@ class _Chunks:
         self.rows, self.make = kernels.load()
         self.columns, self.scale, self.filter_above, self.half = columns, scale, filter_above, half
         self.emulated = kernels.interpreted()
-        self.tiles = INTERPRETED if self.emulated else TILES["bf16" if half else "fp32"]
+        many = self.centers = columns.centers
+        self.tiles = INTERPRETED if self.emulated else (TILES if many == 1 else CENTER_TILES)["bf16" if half else "fp32"]
         (self.b, self.d), self.c = x.shape, len(columns.rows)
-        n = self.tiles.n
-        self.k = min(-(-(block or chunk_rows(self.b, self.d, n)) // n) * n, -(-self.c // n) * n)
+        n = self.tiles.n * many  # rows of a tile
+        self.k = min(-(-(block or chunk_rows(self.b, self.d, self.tiles.n, many)) // n) * n, -(-self.c // n) * n)
         self.t = self.k // n
         self.starts = range(0, self.c, self.k) if self.c else ()
         self.dtype = torch.bfloat16 if half else torch.float32
         self.x = x.detach().to(self.dtype).contiguous()
         self.width = 1 << (self.d - 1).bit_length()
-        self.target = columns.target.contiguous()
+        self.target = (columns.target if many == 1 else columns.target // many).contiguous()  # -1 stays -1
         self.valid = None if columns.valid is None else columns.valid.contiguous().view(torch.uint8)
         mixed = columns.injection is not None
         self.copied = mixed or columns.rows.dtype != self.dtype
         self.operand = x.new_empty(self.k, self.d, dtype=self.dtype) if self.copied else None
         self.options = dict(num_warps=self.tiles.warps, num_stages=self.tiles.stages)
-        self.product = dict(HALF=half, EMULATE=self.emulated, **self.options)
+        self.product = dict(CENTERS=many, HALF=half, EMULATE=self.emulated, **self.options)
 
     def bytes_kept(self) -> int:
-        """Of one chunk's exponentials and maxima."""
-        return self.b * (self.k * self.dtype.itemsize + 4 * self.t)
+        """Of one chunk's exponentials, with sub-centres which was the nearest, and maxima."""
+        return self.b * (self.k // self.centers * (self.dtype.itemsize + (self.centers > 1)) + 4 * self.t)
 
-    def exps(self, chunks: int) -> torch.Tensor:
-        return self.x.new_empty(chunks, self.b, self.k)
+    def exps(self, chunks: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Of each chunk (exponentials [B, K / centers], which sub-centre was the nearest, int8, None where there is one)."""
+        shape = chunks, self.b, self.k // self.centers
+        values = self.x.new_empty(shape)
+        winners = self.x.new_empty(shape, dtype=torch.int8) if self.centers > 1 else [None] * chunks
+        return list(zip(values, winners))
 
     def per_tile(self, *chunks: int, dtype=torch.float32) -> torch.Tensor:
         return self.x.new_empty(*chunks, self.t, self.b, dtype=dtype)
@@ -128,7 +147,7 @@ class _Chunks:
     def span(self, start: int) -> tuple[int, int, int]:
         """(first row, end, tiles) of the chunk that starts there."""
         stop = min(start + self.k, self.c)
-        return start, stop, -(-(stop - start) // self.tiles.n)
+        return start, stop, -(-(stop - start) // (self.tiles.n * self.centers))
 
     def _mixing(self, start: int, stop: int):
         """(features, place, shares) of rows start:stop for the kernels, None without injection."""
@@ -154,18 +173,19 @@ class _Chunks:
         return self.operand if self.copied else rows
 
     def logits(self, start, v, inverse, threshold, exps, top, total, share=None, best=None, best_at=None) -> None:
-        """The statistics [T, B] of the chunk, and exps [B, K]; see the kernel."""
+        """The statistics [T, B] of the chunk, and what `exps` says; see the kernel. From here on identities are counted."""
         start, stop, t = self.span(start)
-        tiles = self.tiles
+        tiles, many = self.tiles, self.centers
         valid = None if self.valid is None else self.valid[start:stop]
-        tensors = (self.x, v, inverse[start:stop], self.target, valid, threshold, exps, top, total, share, best, best_at)
-        numbers = (self.scale, self.filter_above, start, self.b, stop - start, self.d, self.k)
+        kept = exps or (None, None)
+        tensors = (self.x, v, inverse[start:stop], self.target, valid, threshold, *kept, top, total, share, best, best_at)
+        numbers = (self.scale, self.filter_above, start // many, self.b, (stop - start) // many, self.d, self.k // many)
         grid = (-(-self.b // tiles.m), t)
         launch(self.make.logits, grid, *tensors, *numbers, BM=tiles.m, BN=tiles.n, BK=tiles.k, **self.product)
 
     def merge(self, start: int, tops, sums, shares, bests, ats, top, total, share, rescale, best, best_at) -> None:
         start, _, t = self.span(start)
-        args = (tops, sums, shares, bests, ats, top, total, share, rescale, best, best_at, start, self.b, t)
+        args = (tops, sums, shares, bests, ats, top, total, share, rescale, best, best_at, start // self.centers, self.b, t)
         width = 1 << (t - 1).bit_length()
         each = max(1, min(64, 4096 // width)) if not self.emulated else 16
         launch(self.rows.merge, (-(-self.b // each),), *args, R=each, WIDTH=width)
@@ -181,8 +201,9 @@ class _Chunks:
     def add_dx(self, start, exps, v, inverse, tops, top, rescale, out) -> None:
         """out [S, B, D]"""
         start, stop, t = self.span(start)
-        tiles, splits = self.tiles, len(out)
-        args = (exps, v, inverse[start:stop], tops, top, rescale, out, self.b, stop - start, self.d, self.k, t, splits)
+        tiles, splits, many = self.tiles, len(out), self.centers
+        numbers = (self.b, (stop - start) // many, self.d, self.k // many, t, splits)
+        args = (*exps, v, inverse[start:stop], tops, top, rescale, out, *numbers)
         grid = (-(-self.b // tiles.m), -(-self.d // tiles.d), splits)
         launch(self.make.add_dx, grid, *args, BM=tiles.m, BN=tiles.n, BK=tiles.k, BD=tiles.d, **self.product)
 
@@ -193,9 +214,10 @@ class _Chunks:
         tiles, columns, k = self.tiles, self.columns, stop - start
         add = not columns.sink.fresh
         first = out if room is None else room
-        args = (exps, self.x, inverse[start:stop], tops, level, weight, first, self.b, k, self.d, self.k)
+        many = self.centers
+        args = (*exps, self.x, inverse[start:stop], tops, level, weight, first, self.b, k // many, self.d, self.k // many)
         more = dict(ADD=add and room is None, BM=tiles.k, BN=tiles.n, BD=tiles.d, **self.product)
-        launch(self.make.row_grads, (t, -(-self.d // tiles.d)), *args, **more)
+        launch(self.make.row_grads, (t, -(-self.d // tiles.d), many), *args, **more)
         if room is not None:
             grid, constants = self._by_row(k)
             args = (room, columns.rows[start:stop], *self._mixing(start, stop), inverse[start:stop], out, k, self.d)
@@ -303,6 +325,7 @@ def triton_head(
         raise ValueError(f"the triton head takes float32 embeddings, not {x.dtype}")
     if not columns.rows.is_contiguous():
         raise ValueError("the triton head takes contiguous rows")
+    columns = resolved(x, columns)
     live = columns.live.rows if columns.live is not None else None
     graphs = any(t is not None and t.requires_grad for t in (x, columns.own, live, threshold))
     keep = torch.is_grad_enabled() and (graphs or columns.sink is not None)
