@@ -33,13 +33,19 @@ CASES = {  # (optimizer, batch, classes, size, share of rows with features)
 }
 
 
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter takes its time for each program, hardly for what is in it."""
+    monkeypatch.setattr(triton_head, "INTERPRETED", triton_head.Tiles(32, 32, 128, 32, 1, 1))
+
+
 def built(parameter, fused, name, **options):
     return build_optimizer([{"params": [parameter]}], name, lr=0.1, fused=fused, **options)
 
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_steps_are_torchs(name):
-    """The same gradients, in fp32, for torch's optimizer in float64: six steps, each with other rates and decay."""
+    """The same gradients, in fp32, for torch's optimizer in float64: four steps, each with other rates and decay."""
     options, batch, classes, size, share = CASES[name]
     g = torch.Generator().manual_seed(classes)
     rows = torch.nn.Parameter(torch.randn(classes, size, generator=g))
@@ -50,7 +56,7 @@ def test_steps_are_torchs(name):
     if share:
         weight = 0.5 * (torch.rand(classes, generator=g) < share)
         injection = Injection(F.normalize(torch.randn(classes, size, generator=g)), None, weight)
-    for step in range(6):
+    for step in range(4):
         for group in (optimizer.param_groups[0], reference.param_groups[0]):
             group["lr"], group["weight_decay"] = 0.1 * 0.6**step, group["weight_decay"] * 0.8
         x = F.normalize(torch.randn(batch, size, generator=g)).requires_grad_()
@@ -65,6 +71,9 @@ def test_steps_are_torchs(name):
         exact.grad = sinks[0].buffer.double()
         reference.step()
     assert exact.grad.abs().max() > 0.01 or classes == 1 == size
+    if update.adam:  # as float64 has them, also where 1 - beta^t is small
+        (beta1, beta2), t = optimizer.param_groups[0]["betas"], 4
+        assert update.corrections.tolist() == pytest.approx([1 / (1 - beta1**t), (1 - beta2**t) ** -0.5], rel=1e-7)
     pairs = [(rows, exact), *((v, reference.state[exact][k]) for k, v in optimizer.state[rows].items() if v is not None)]
     assert len(pairs) == {"sgd": 1 + (options.get("momentum", 0.9) > 0), "adamw": 4}[options["name"]]
     for found, expected in pairs:
@@ -75,10 +84,9 @@ def test_steps_are_torchs(name):
 @pytest.mark.parametrize("world, classes", [(1, 75), (2, 75), (3, 40), (4, 5)])  # 4 ranks hold 2, 2, 1 and 0 of five rows
 def test_training_is_that_of_whole_gradients_in_float64(world, classes):
     """Four steps through the gather, with the chunks' gradients in kernels, or handed to torch (optimizer.fused=false)."""
+    cases = [("sgd", "cosface", None), ("nesterov", "arcface", VPL), ("adamw", "cosface", VPL), ("adamw, unfused", "arcface", None)]
     stable = ("optimizer.eps=0.01",)  # AdamW's first steps are signs of the gradient, where it is small of fp32's errors
-    settings = {name: (*given, *(stable if "adamw" in name else ())) for name, given in OPTIMIZERS.items()}
-    settings["no momentum, kernel"] = ("optimizer.momentum=0", "optimizer.weight_decay=0.1")
-    cases = [(o, "cosface", None) for o in settings] + [(o, "arcface", VPL) for o in ("nesterov", "adamw")]
+    settings = {o: (*OPTIMIZERS[o], *(stable if "adamw" in o else ())) for o, *_ in cases}
     configs = {o: [configured(*s, f"optimizer.fuse_prototypes={f}") for f in ("false", "true")] for o, s in settings.items()}
     options = dict(batch=9, size=21)
 
@@ -108,7 +116,7 @@ def test_training_is_that_of_whole_gradients_in_float64(world, classes):
             pairs = [*zip(found[:3], expected[:3]), *((found[3][k], expected[3][k]) for k in expected[3])]
             for a, b in pairs:
                 a, b = np.stack(a) if isinstance(a, list) else a, np.stack(b) if isinstance(b, list) else b
-                assert a.shape == b.shape and np.abs(a - b).max(initial=0) <= 2e-5 * np.abs(b).max(initial=1e-3), (rank, o)
+                assert a.shape == b.shape and np.abs(a - b).max(initial=0) <= 3e-6 * np.abs(b).max(initial=1e-3), (rank, o)
 
 
 def test_a_run_goes_on_in_either_way():
