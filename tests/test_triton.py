@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from protomem import build, config
+from protomem.block_update import BlockUpdate
 from protomem.errors import UserError
 from protomem.head import HEADS, Columns, GradSink, Injection, Live, Nearest, Negatives, objective, triton_head
 from protomem.objective.margins import interclass_filter
+from protomem.optim import build_optimizer
 from tests.test_no_sync import no_waiting
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,11 +31,11 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a blo
 
 
 @needs_triton
-@pytest.mark.parametrize("file", ["interpreted", "centers"])
-def test_numbers_by_the_interpreter(file):
-    """tests/triton_*.py: the dense head's loss and gradients, on one rank and on several."""
+@pytest.mark.parametrize("name", ["triton_interpreted", "triton_updates", "triton_centers"])
+def test_numbers_by_the_interpreter(name):
+    """The dense head's loss and gradients, on one rank and on several; torch's updates of the rows, on one to four ranks."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/triton_{file}.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{name}.py"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
@@ -54,6 +56,15 @@ def everything(batch, classes, size):
     return tensors(batch, classes, size, valid=torch.ones(classes, dtype=torch.bool), nearest=Nearest(), injection=injection)
 
 
+def stepped(problem, name: str, **options):
+    """The same problem with rows that are updated inside the backward."""
+    parameter = torch.nn.Parameter(problem[1].rows)
+    update = BlockUpdate(build_optimizer([{"params": [parameter]}], name, lr=0.1, **options), parameter)
+    problem[1].sink.update = update
+    problem[1].sink.begin(parameter.detach())
+    return problem
+
+
 def calls() -> list[tuple]:
     """(arguments of the head, options, loss terms): between them every tile shape, every optional part on and off, shapes
     that divide well and that do not."""
@@ -67,6 +78,14 @@ def calls() -> list[tuple]:
             ((*tensors(64, 3 * 4000, 512, centers=3, nearest=Nearest()), 64.0, interclass_filter(0.3)), options, 1),
             ((*tensors(64, 3 * 4000, 512, centers=3), 64.0, None, torch.ones(1)), options, 1),
         ]
+    found += [
+        ((*stepped(tensors(64, 4000, 512), "sgd"), 64.0), options, 1),
+        ((*stepped(everything(64, 4000, 512), "sgd", nesterov=True), 64.0), options, 1),
+        ((*stepped(everything(7, 1500, 33), "sgd", momentum=0.0), 64.0), options, 1),
+        ((*stepped(tensors(64, 4000, 512), "adamw"), 64.0), options, 1),
+        ((*stepped(everything(7, 1500, 33), "adamw"), 64.0), options, 1),
+        ((*stepped(tensors(1, 1, 1), "adamw"), 64.0), options, 1),
+    ]
     found.append(((*everything(7, 1500, 33), 64.0), options, 1))
     found.append(((*tensors(7, 2 * 1501, 33, centers=2), 64.0), options, 2))
     found.append(((*tensors(1, 1, 1), 64.0), options, 1))  # Triton makes a constant of every 1
@@ -114,7 +133,7 @@ def test_kernels_compile_and_fit_into_shared_memory(monkeypatch):
     """For all of these GPUs; and fp32 operands stay fp32. About a minute."""
     launches = recorded(monkeypatch)
     names = {kernel.__name__ for kernel, *_ in launches.values()}
-    assert names == {"operands", "finish", "merge", "logits", "add_dx", "row_grads"}
+    assert names == {"operands", "finish", "finish_sgd", "finish_adamw", "merge", "logits", "add_dx", "row_grads"}
     for key, (kernel, signature, constants, attributes, options) in launches.items():
         source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
         for capability, most in SHARED_MEMORY.items():
@@ -174,7 +193,10 @@ def test_nothing_between_the_launches_waits_for_the_device(monkeypatch):
     live.uses_own, live.sink = torch.ones(6, dtype=torch.bool), None
     several = (*tensors(6, 3 * 40, 8, centers=3, nearest=Nearest()), None, None)
     others = several, (*everything(6, 40, 8), interclass_filter(0.2), None), (*tensors(6, 40, 8), None, torch.ones(1))
-    for inputs, columns, negatives, threshold in ((x, live, None, None), *others):
+    updated = [(*stepped(tensors(6, 40, 8), name), None, None) for name in ("sgd", "adamw")]
+    for inputs, columns, negatives, threshold in ((x, live, None, None), *others, *updated):
         with no_waiting():
+            if columns.sink is not None:
+                columns.sink.begin(columns.rows)
             cos_y, out = HEADS["triton"](inputs, columns, 8.0, negatives, threshold, block=16, store_mb=0.001)
             objective(cos_y, out).sum().backward()

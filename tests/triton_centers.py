@@ -24,7 +24,8 @@ CASES = {
     "threshold": dict(centers=3, threshold=2.0, nearest=True, **FILTERED),
     "large scale": dict(centers=2, scale=200.0, opposite=True),
     "unit": dict(centers=3, unit=True, calls=2),
-    "updated": dict(centers=3, updated=True, **FILTERED),
+    "handed over": dict(centers=3, updated="torch", **FILTERED),
+    "updated": dict(centers=2, updated="kernel"),
     "x is constant": dict(centers=2, frozen=True, threshold=-3.0),
     "rows are constant": dict(centers=3, sink=False, nearest=True),
 }
@@ -81,6 +82,21 @@ def test_whole_steps_equal_the_slow_formula(world):
             assert results[rank][k][0] == pytest.approx(loss, rel=1e-4, abs=1e-7), name
             slow.close(results[rank][k][1], encoder_grad, 1e-4)
         slow.close(torch.cat([torch.as_tensor(r[k][2]) for r in results]), row_grad, 1e-4)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_fused_update_is_that_of_whole_gradients(world):
+    """The parameter [C, 3 * D] and its moments, stepped in the kernels or by torch, in fp32; as exact as the gradients."""
+    optimizers = [name for name in slow.OPTIMIZERS if "adamw" not in name or world == 1]
+
+    def work():
+        return [
+            (slow.trained(o, True, "triton", torch.float32), slow.trained(o, False, "blocked", torch.float64)) for o in optimizers
+        ]
+
+    for results in run_ranks(world, work):
+        for name, (found, expected) in zip(optimizers, results):
+            assert abs(found - expected).max() <= 1e-4 * abs(expected).max(), name
 
 
 @pytest.mark.parametrize("store_mb", [0, 16])

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from protomem import distributed
+from protomem.block_update import BlockUpdate
 from protomem.head import HEADS, Columns, GradSink, Injection, Live, Nearest, objective, triton_head
 from protomem.objective.margins import build_margin
 from tests.ranks import run_ranks
@@ -42,9 +43,12 @@ CASES = {
     "injection_unit": dict(share=0.3, unit=True, hidden=True, calls=2),
     "injection_everywhere": dict(share=1.0, threshold=1.0, mapped=True),
     "constant_injected": dict(share=0.3, unit=True, mapped=True, sink=False),
-    "updated": dict(updated=True, **FILTERED),
-    "updated_injection": dict(updated=True, share=0.3, mapped=True),
-    "updated_unit": dict(updated=True, unit=True, hidden=True, threshold=2.0),
+    "handed_over": dict(updated="torch", **FILTERED),
+    "handed_over_injection": dict(updated="torch", share=0.3, mapped=True),
+    "updated": dict(updated="kernel", own=True, **FILTERED),
+    "updated_injection": dict(updated="kernel", share=0.3, mapped=True),
+    "updated_unit": dict(updated="kernel", unit=True, hidden=True, threshold=2.0),
+    "updated_unit_injection": dict(updated="kernel", unit=True, share=0.3),
     "x_is_constant": dict(calls=2, frozen=True, own=True),
 }
 STORES = (0, 0.004, 16)  # exponentials of no chunk, of one or two, of all
@@ -80,6 +84,8 @@ def problem(
 class Collected:
     """In the place of an update inside the backward: what it is given for each block. Rows change, as they would."""
 
+    fused = False
+
     def __init__(self, rows):
         self.rows, self.gradient = rows, torch.full_like(rows, 7)
 
@@ -89,6 +95,18 @@ class Collected:
     def __call__(self, start, stop, grad):
         self.gradient[start:stop] = grad
         self.rows[start:stop] = -3
+
+
+class Kept(BlockUpdate):
+    """One step by the kernel, which leaves the gradient in the momentum, as the buffer was zero before."""
+
+    def __init__(self, rows):
+        parameter = torch.nn.Parameter(rows)
+        super().__init__(torch.optim.SGD([parameter], lr=3.0, momentum=0.9, fused=True), parameter)
+
+    @property
+    def gradient(self):
+        return self._moments(0, *self.parameter.shape)[0]
 
 
 def compute(head: str, case: dict, p: dict, dtype, **options) -> dict:
@@ -121,7 +139,7 @@ def compute(head: str, case: dict, p: dict, dtype, **options) -> dict:
     margin = build_margin(scale=case["scale"], **case["margin"])
     if sink is not None:
         if case.get("updated") and head == "triton":
-            sink.update = Collected(rows)
+            sink.update = {"torch": Collected, "kernel": Kept}[case["updated"]](rows)
         if sink.begin(rows) is not None:
             sink.buffer.fill_(7)  # the first write overwrites
     for _ in range(case.get("calls", 1)):

@@ -41,8 +41,8 @@ e [B, K / centers] and with it the winners [B, K / centers], int8, are per ident
 and 0 for the other rows, so each product still has the FLOPs of all rows. Chunks are whole identities. At B = 1024, D = 512
 and three sub-centres, bf16 operands, a chunk is K = 12288 rows of 4096 identities (2 B + B + 2 * 3 D bytes each, 24 MiB):
     FLOPs   2 B K D = 12.9 G for each product
-    bytes   e and winners 12.6 MB, instead of 25.2 MB of e for as many identities without a second row; add_dx and row_grads
-            read them `centers` times as often as above, 3 D / BD = 12 times, from L2
+    bytes   of HBM: w 25.2 MB, read and written as above; of L2, besides: v 12.6 MB; e 8.4 MB and winners 4.2 MB, read `centers`
+            times as often as above, 3 D / BD = 12 times
 
 Legend: B global batch, C prototype rows of this rank, K rows of a chunk, D feature size, T tiles in a chunk of BN rows, or
 identities.
@@ -60,7 +60,7 @@ from protomem.head import kernels
 from protomem.head.centers import resolved
 from protomem.head.contract import Columns, Negatives, combine
 from protomem.head.operands import Operands
-from protomem.head.targets import own_gradients, own_prototypes, target_gradients
+from protomem.head.targets import own_gradients, own_prototypes
 from protomem.head.triton_rows import HIDDEN, fill_sink, live_gradient
 
 L2_BYTES = 24 * 2**20  # of exponentials and operands in a chunk, both bf16 (our default: half of an H100's cache)
@@ -109,7 +109,7 @@ class _Chunks:
     """What the passes of one call share: the cut into chunks, and a chunk's kernels."""
 
     def __init__(self, x: torch.Tensor, columns: Columns, scale: float, filter_above: float | None, half: bool, block: int):
-        self.rows, self.make = kernels.load()
+        self.rows, self.make, self.updates = kernels.load()
         self.columns, self.scale, self.filter_above, self.half = columns, scale, filter_above, half
         self.emulated = kernels.interpreted()
         many = self.centers = columns.centers
@@ -207,21 +207,27 @@ class _Chunks:
         grid = (-(-self.b // tiles.m), -(-self.d // tiles.d), splits)
         launch(self.make.add_dx, grid, *args, BM=tiles.m, BN=tiles.n, BK=tiles.k, BD=tiles.d, **self.product)
 
-    def row_grads(self, start, exps, inverse, tops, level, weight, room: torch.Tensor | None, out) -> None:
-        """The chunk's gradient, into out [K, D] (or added to it). room [K, D] fp32 is needed unless rows are unit and have no
-        features."""
+    def row_grads(self, start, exps, inverse, tops, level, weight, room) -> None:
+        """Of the chunk's negatives, into room [K, D] fp32; `finish` has to follow."""
         start, stop, t = self.span(start)
-        tiles, columns, k = self.tiles, self.columns, stop - start
-        add = not columns.sink.fresh
-        first = out if room is None else room
-        many = self.centers
-        args = (*exps, self.x, inverse[start:stop], tops, level, weight, first, self.b, k // many, self.d, self.k // many)
-        more = dict(ADD=add and room is None, BM=tiles.k, BN=tiles.n, BD=tiles.d, **self.product)
+        tiles, many = self.tiles, self.centers
+        numbers = (self.b, (stop - start) // many, self.d, self.k // many)
+        args = (*exps, self.x, inverse[start:stop], tops, level, weight, room, *numbers)
+        more = dict(BM=tiles.k, BN=tiles.n, BD=tiles.d, **self.product)
         launch(self.make.row_grads, (t, -(-self.d // tiles.d), many), *args, **more)
-        if room is not None:
-            grid, constants = self._by_row(k)
-            args = (room, columns.rows[start:stop], *self._mixing(start, stop), inverse[start:stop], out, k, self.d)
-            launch(self.rows.finish, grid, *args, ADD=add, **constants)
+
+    def finish(self, start, room, inverse, x, pull, order, first, out=None, update=None) -> None:
+        """The gradient of the chunk's rows, from room: into out [K, D] (or added to it), or used up in the rows' update.
+        x [B, D] fp32, pull, order [B], first [C + 1]: see `gradient` in protomem/head/kernels/rows.py."""
+        start, stop, _ = self.span(start)
+        columns, (grid, constants) = self.columns, self._by_row(stop - start)
+        args = (room, columns.rows[start:stop], *self._mixing(start, stop), inverse[start:stop])
+        args += (x, pull, order, first[start : stop + 1])
+        if update is None:
+            launch(self.rows.finish, grid, *args, out, stop - start, self.d, ADD=not columns.sink.fresh, **constants)
+        else:
+            name, its, more = update.kernel(start, stop, self.d)
+            launch(getattr(self.updates, name), grid, *args, *its, stop - start, self.d, **more, **constants)
 
 
 class _Head(torch.autograd.Function):
@@ -231,7 +237,7 @@ class _Head(torch.autograd.Function):
         filter_above = None if negatives is None else negatives.filter_above
         chunks = _Chunks(x, columns, float(scale), filter_above, operands.half, block)
         b, c = chunks.b, chunks.c
-        plain, mine = own_prototypes(x, own, columns)
+        _, mine = own_prototypes(x, own, columns)
         own_cos = (x * mine).sum(1)
         inverse = x.new_ones(c)
         kept_count = min(len(chunks.starts), store // max(1, chunks.bytes_kept())) if wants_dw else 0
@@ -269,12 +275,12 @@ class _Head(torch.autograd.Function):
         ctx.columns, ctx.chunks, ctx.negatives, ctx.operands = columns, chunks, negatives, operands
         ctx.kept, ctx.kept_top, ctx.unified, ctx.has_own = kept, kept_top, not softmax, own is not None
         ctx.has_live, ctx.wants_dw = live is not None, wants_dw
-        ctx.save_for_backward(x, mine, cos_y, level, inverse, plain, top, share, None if dx is None else dx.sum(0))
+        ctx.save_for_backward(x, mine, cos_y, level, inverse, top, share, None if dx is None else dx.sum(0))
         return cos_y, out
 
     @staticmethod
     def backward(ctx, g_cos, g_out):
-        x, mine, cos_y, level, inverse, plain, top, share, dx_sum = ctx.saved_tensors
+        x, mine, cos_y, level, inverse, top, share, dx_sum = ctx.saved_tensors
         columns, chunks, scale = ctx.columns, ctx.chunks, ctx.chunks.scale
         threshold = level if ctx.unified else None
         # Without a negative anywhere lse is -inf and every exponential 0.
@@ -290,8 +296,7 @@ class _Head(torch.autograd.Function):
             def later():
                 columns.sink.once()
                 if chunks.c:
-                    to_targets = target_gradients(x, g_row, cos_y, mine, plain, inverse, columns)
-                    fill_sink(ctx, inverse, level, threshold, weight, to_targets)
+                    fill_sink(ctx, x, g_row, inverse, level, threshold, weight)
                 columns.sink.fresh = False
                 ctx.kept = ctx.kept_top = None
 

@@ -7,23 +7,30 @@ from __future__ import annotations
 
 import torch
 
-from protomem.head.targets import add_to_targets
-
 HIDDEN = -1e30  # a logit that is not there
 
 
-def fill_sink(ctx, inverse, level, threshold, weight, to_targets) -> None:
-    """All gradients of the rows into the shard's buffer, chunk by chunk, or each chunk's at once into the rows' update."""
+def _by_row(target: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order [B], first [C + 1]): the samples whose target is row j are order[first[j] : first[j + 1]], ascending. Those of
+    other ranks, -1, stand before first[0]."""
+    targets, order = torch.sort(target.int(), stable=True)
+    rows = torch.arange(c + 1, device=target.device, dtype=torch.int32)
+    return order, torch.searchsorted(targets, rows, out_int32=True)
+
+
+def fill_sink(ctx, x, pull, inverse, level, threshold, weight) -> None:
+    """All gradients of the rows, chunk by chunk, into the shard's buffer or into the rows' update. x [B, D]: the embeddings in
+    fp32; pull [B]: d loss / d cos_y, of the samples whose positive is their target row."""
     columns, chunks, softmax = ctx.columns, ctx.chunks, threshold is None
     update = columns.sink.update
-    own = None if update is None else torch.empty_like(columns.rows[: chunks.k])  # a chunk's gradient
-    kept_count, x = len(ctx.kept), chunks.x
-    room = x.new_empty(chunks.k, chunks.d, dtype=torch.float32) if not columns.unit or columns.injection is not None else None
+    own = torch.empty_like(columns.rows[: chunks.k]) if update is not None and not update.fused else None  # a gradient
+    kept_count, room = len(ctx.kept), x.new_empty(chunks.k, chunks.d)
+    samples = (x.contiguous(), pull.contiguous(), *_by_row(columns.target, chunks.c))
     again = kept_count < len(chunks.starts)
     if again:
         scratch, tile_top = chunks.exps(1)[0], chunks.per_tile() if softmax else None
         tile_sum, tile_share = chunks.per_tile(), None if softmax else chunks.per_tile()
-        chunks.operand = x.new_empty(chunks.k, chunks.d) if chunks.copied else None
+        chunks.operand = chunks.x.new_empty(chunks.k, chunks.d) if chunks.copied else None
     for k, start in enumerate(chunks.starts):
         if k < kept_count:
             exps, tops = ctx.kept[k], ctx.kept_top[k] if softmax else None
@@ -31,13 +38,14 @@ def fill_sink(ctx, inverse, level, threshold, weight, to_targets) -> None:
             exps, tops = scratch, tile_top
             chunks.logits(start, chunks.operands(start, inverse), inverse, threshold, exps, tops, tile_sum, tile_share)
         start, stop, _ = chunks.span(start)
+        chunks.row_grads(start, exps, inverse, tops, level, weight, room)
+        if update is not None and update.fused:
+            chunks.finish(start, room, inverse, *samples, update=update)
+            continue
         grad = columns.sink.buffer[start:stop] if update is None else own[: stop - start]
-        chunks.row_grads(start, exps, inverse, tops, level, weight, room, grad)
+        chunks.finish(start, room, inverse, *samples, out=grad)
         if update is not None:
-            add_to_targets(to_targets, columns, grad, start)
             update(start, stop, grad)
-    if update is None:
-        add_to_targets(to_targets, columns, columns.sink.buffer)
     chunks.operand = None
 
 

@@ -140,11 +140,10 @@ def add_dx(
 @triton.jit
 def row_grads(
     exps, winner, x, inverse, tile_top, level, weight, out, B, K, D, P,
-    ADD: tl.constexpr, CENTERS: tl.constexpr, HALF: tl.constexpr, EMULATE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    CENTERS: tl.constexpr, HALF: tl.constexpr, EMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """out [K, D] (+)= sum_i p_ij x_i / |v_j| with p_ij = weight_i exp(z_ij - level_i), from exps and tile_top (or, without
-    tile_top, p_ij = weight_i exps_ij). With CENTERS a program takes the rows c of its tile's identities, out [K * CENTERS, D]."""
+    """out [K, D] = sum_i p_ij x_i / |v_j| with p_ij = weight_i exp(z_ij - level_i), from exps and tile_top (or, without
+    tile_top, p_ij = weight_i exps_ij). With CENTERS, out [K * CENTERS, D]: a program takes one row of each identity."""
     t = tl.program_id(0)
     n, d = t * BN + tl.arange(0, BN), tl.program_id(1) * BD + tl.arange(0, BD)
     rows = n if CENTERS == 1 else n * CENTERS + tl.program_id(2)
@@ -164,7 +163,4 @@ def row_grads(
         total = _product(tl.trans(p), b, total, EMULATE)
     total *= tl.load(inverse + rows, mask=n < K, other=0.0)[:, None]
     inside = (n < K)[:, None] & (d < D)[None, :]
-    place = out + rows.to(tl.int64)[:, None] * D + d[None, :]
-    if ADD:
-        total += tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(place, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + rows.to(tl.int64)[:, None] * D + d[None, :], total, mask=inside)
