@@ -3,6 +3,7 @@
     python benchmarks/kernels.py OUT                                     # check, then all shapes: OUT/kernels*.csv
     python benchmarks/kernels.py OUT --identities 1000000 --blocks 0,4096,16384 --repeats 5
     python benchmarks/kernels.py OUT --check-only
+    python benchmarks/kernels.py OUT --tiles-only                        # what head.tune=true times: OUT/kernels_tiles.csv
 
 Variants run in turn, repeat by repeat, in one process; times are CUDA events around forward and backward of the head (no
 optimizer), host_ms is how long the host took to queue both. The floor is the products that cannot be spared (three of
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import statistics
 import sys
 import time
@@ -26,14 +28,14 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import write_csv
-from protomem.head import HEADS, Columns, GradSink, Injection, Negatives, objective
+from protomem.head import HEADS, Columns, GradSink, Injection, Negatives, objective, tuning
+from protomem.head.tuning import WARM_UP, milliseconds
 from protomem.objective.margins import interclass_filter
 
 SCALE, MARGIN = 64.0, 0.4
 ALL = 1e9  # MiB: keep the exponentials, or logits, of all chunks
 KINDS = ("classifier", "memory", "vpl")  # learned rows; constant unit rows; features in 4 % of learned rows
 COVERAGE = 0.04
-WARM_UP = 3
 
 
 class Problem:
@@ -92,7 +94,8 @@ def by_eager(problem: Problem, autocast: bool):
 
 
 def check(device, shapes: list[tuple[int, int, int]]) -> list[dict]:
-    """Relative errors (2-norm) against the dense head in float64, on the same numbers."""
+    """Relative errors (2-norm) against the dense head in float64, on the same numbers; of the first shape also with every
+    candidate of head.tune."""
     extras = {
         "plain": {},
         "filter": dict(negatives=interclass_filter(0.1)),
@@ -100,16 +103,22 @@ def check(device, shapes: list[tuple[int, int, int]]) -> list[dict]:
     }
     results = []
     for batch, identities, size in shapes:
-        for kind, (extra, more), precision, store in (
-            (k, e, p, s) for k in KINDS for e in extras.items() for p in ("fp32", "bf16") for s in (0.0, ALL)
+        for kind, (extra, more), precision, store, tiles in (
+            (k, e, p, s, t)
+            for k in KINDS
+            for e in extras.items()
+            for p in ("fp32", "bf16")
+            for s in (0.0, ALL)
+            for t in tuning.TRIED[p][: None if not s and e[0] == "plain" and (batch, identities, size) == shapes[0] else 1]
         ):
             problem = Problem(kind, batch, identities, size, device)
             exact = problem.double()
             (expected_loss := by_head("dense", exact, **more)).backward()
             row = dict(kind=kind, extra=extra, precision=precision, stored=store > 0, B=batch, C=identities, D=size, ok=True)
+            row["tiles"] = named(tiles)
             for head in ("blocked", "triton"):
-                problem.x.grad = None
-                (loss := by_head(head, problem, precision=precision, store_mb=store, **more)).backward()
+                problem.x.grad, own = None, {"tiles": tiles} if head == "triton" else {}
+                (loss := by_head(head, problem, precision=precision, store_mb=store, **more, **own)).backward()
                 row[f"{head}_loss_error"] = ((loss - expected_loss).abs() / expected_loss.abs()).item()
                 found = problem.gradients()
                 for name, expected in exact.gradients().items():
@@ -125,17 +134,21 @@ def check(device, shapes: list[tuple[int, int, int]]) -> list[dict]:
 # --- time --------------------------------------------------------------------------------------------------------------
 
 
-def milliseconds(act, repeats: int = 10) -> float:
-    """Median GPU time of `act`."""
-    times = []
-    for _ in range(repeats + WARM_UP):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        act()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[WARM_UP:])
+def named(tiles: tuning.Tiles) -> str:
+    return f"{tiles.m}x{tiles.n}x{tiles.d} by {tiles.k}, {tiles.warps} warps, {tiles.stages} stages"
+
+
+def tile_times(kind: str, batch: int, identities: int, size: int, device, timer=None) -> list[dict]:
+    """The candidates of head.tune, fastest first. C: of so many rows at most as are timed."""
+    rows = []
+    for precision in ("fp32", "bf16"):
+        of = dict(learns=kind != "memory", memory=kind == "memory", mixed=kind == "vpl")
+        work = tuning.work(batch, identities, size, precision, store_mb=16.0, **of)
+        for (tiles, block), ms, why in sorted(tuning.times(work, device, timer), key=lambda found: found[1]):
+            row = dict(kind=kind, precision=precision, B=batch, C=work.rows, D=size, tiles=named(tiles), block=block)
+            rows.append(row | dict(ms=None if why else ms, state=why or "measured"))
+            print(rows[-1], flush=True)
+    return rows
 
 
 def rates(device) -> dict[str, float]:
@@ -227,7 +240,7 @@ def numbers(text: str) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder for kernels_check.csv and kernels.csv")
+    parser.add_argument("out", type=Path, help="folder for kernels_check.csv, kernels_tiles.csv and kernels.csv")
     parser.add_argument("--batches", type=numbers, default=[1024], metavar="B,...")
     shards = [100_000, 1_000_000, 4_000_000]
     parser.add_argument("--identities", type=numbers, default=shards, metavar="C,...", help="rows of the shard")
@@ -237,6 +250,7 @@ def main() -> None:
     parser.add_argument("--only", type=lambda text: text.split(","), help="variants with one of these words, as bf16,eager")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--tiles-only", action="store_true")
     options = parser.parse_args()
     if unknown := set(options.kinds) - set(KINDS):
         parser.error(f"--kinds: {', '.join(sorted(unknown))} is none of {', '.join(KINDS)}")
@@ -248,6 +262,12 @@ def main() -> None:
     if not all(row["ok"] for row in checked):
         raise SystemExit("gradients differ, see ok in kernels_check.csv: nothing measured")
     if options.check_only:
+        return
+    times = []
+    for size, batch, kind in itertools.product(options.sizes, options.batches, options.kinds):
+        times += tile_times(kind, batch, max(options.identities), size, device)
+        write_csv(options.out / "kernels_tiles.csv", times)
+    if options.tiles_only:
         return
     rate = rates(device)
     print({k: f"{v / 1e12:.3g} T/s" for k, v in rate.items()}, flush=True)

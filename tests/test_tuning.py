@@ -7,6 +7,7 @@ import multiprocessing as mp
 import pytest
 import torch
 
+from benchmarks import kernels
 from protomem import build, config, distributed, trainer
 from protomem.errors import UserError
 from protomem.head import Columns, triton_head, tuning
@@ -59,7 +60,7 @@ def test_the_candidates_are_few_whole_and_begin_with_the_default():
         for tiles, block in found:
             assert block % tiles.n == 0 and tiles.n % tiles.k == 0  # add_dx takes a tile's rows k at a time
             assert all(size & (size - 1) == 0 for size in (tiles.m, tiles.n, tiles.d, tiles.k, tiles.warps))
-    assert [block for _, block in CHOICES] == [-(-3000 // t.n) * t.n for t in tuning.TRIED["bf16"]]  # a small shard is one chunk
+    assert [block for _, block in CHOICES] == [-(-3000 // t.n) * t.n for t in tuning.TRIED["bf16"]]  # all in one
     given = tuning.candidates(tuning.work(**SHAPE, block=1000))
     assert [block for _, block in given] == [-(-1000 // tiles.n) * tiles.n for tiles, _ in given]
 
@@ -98,6 +99,14 @@ def test_random_streams_and_gradient_modes_are_left_alone():
     before = torch.get_rng_state()
     chosen(Clock())
     assert torch.equal(before, torch.get_rng_state()) and torch.is_grad_enabled() and distributed.world_size() == 1
+
+
+def test_the_benchmark_lists_them_by_time(capsys):
+    fp32 = tuning.work(8, 75, 21, "fp32", store_mb=16.0, learns=True, mixed=True)
+    second = tuning.candidates(fp32)[1]
+    rows = kernels.tile_times("vpl", 8, 75, 21, CPU, Clock({second: 5.0}))
+    assert len(rows) == sum(map(len, tuning.TRIED.values())) and rows[0]["ms"] == 5.0
+    assert rows[0]["tiles"] == kernels.named(second[0]) and all(row["state"] == "measured" for row in rows)
 
 
 # --- keeping -----------------------------------------------------------------------------------------------------------

@@ -72,7 +72,8 @@ class Work:
 
     batch B; rows: of the shard, C, or so many of them as are timed; size D; block: rows of a chunk, 0 to choose them, too;
     kept: share of the exponentials that stay for the backward, in eighths; learns: the rows have a gradient; memory: they
-    are unit rows, of which some may hold nothing; half: they are stored in bf16; mixed: features are mixed in (VPL).
+    are unit rows, of which some may hold nothing; half: they are stored in bf16; mixed: features are mixed in (VPL). Not
+    timed, since tiles hardly bear on it: live rows, hardest negatives, EPL's second term, an update inside the backward.
     """
 
     batch: int
@@ -157,14 +158,15 @@ class _Scratch:
         (cos_y.sum() + out.sum()).backward()
 
     def difference(self) -> float:
-        """Of the last gradients to the first ones, relative (2-norm), the larger of x's and the rows'; NaN if they are."""
+        """Of the last gradients to the first ones, relative (2-norm), the larger of x's and the rows'; NaN where they are."""
         if self.x.grad is None:
             return 0.0
         found = [self.x.grad.clone()]
         if self.columns.sink is not None:
             found.append(self.columns.sink.buffer[::8].clone())  # some of every tile
         self.first = self.first or found
-        return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(found, self.first))
+        apart = [(a - b).norm() / b.norm().clamp_min(1e-30) for a, b in zip(found, self.first)]
+        return torch.stack(apart).max().item()  # max() in Python passes over a NaN
 
 
 def times(work: Work, device: torch.device, timer: Callable | None = None) -> list[tuple[Choice, float, str]]:
@@ -250,9 +252,8 @@ def _find(work: Work, device: torch.device, stored, timer: Callable | None) -> d
     usual, usual_ms, _ = found[0]
     if usual_ms <= PREFERRED * ms:
         (tiles, block), ms = usual, usual_ms
-    record = {"for": key, "tiles": asdict(tiles), "block": block, "ms": ms, "default_ms": usual_ms}
-    if usual_ms == float("inf"):
-        record["default_ms"] = None
+    record = {"for": key, "tiles": asdict(tiles), "block": block, "ms": ms}
+    record["default_ms"] = None if usual_ms == float("inf") else usual_ms
     for choice, _, why in found:
         if why:
             log.warning("head.tune: %s with chunks of %d rows cannot be used: %s", *choice, why)
