@@ -192,7 +192,7 @@ def _key(work: Work, device: torch.device) -> dict:
     """All that the fastest choice depends on."""
     sources = hashlib.blake2b(digest_size=16)
     here = Path(__file__)
-    for path in (*sorted(here.parent.glob("kernels/*.py")), here.with_name("triton_head.py"), here):
+    for path in (*sorted(here.parent.glob("kernels/*.py")), *sorted(here.parent.glob("triton_*.py")), here):
         sources.update(path.read_bytes())
     gpu, capability = "none", ""
     if device.type == "cuda":
