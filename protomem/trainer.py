@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from protomem.encoder.compiled import compiled
 from protomem.errors import UserError
 from protomem.evaluate.extract import evaluate_bins
 from protomem.files import replace_file
+from protomem.head import tuning
 from protomem.memory_run import MemoryRun
 from protomem.metrics import RunLog, read_metrics
 from protomem.report import save_evaluation, write_report
@@ -39,6 +41,7 @@ class Run:
     def __init__(self, config: DictConfig, context: distributed.Context):
         self.config, self.context, self.device = config, context, context.device
         self.folder, self.step, self.overflows = Path(config.output), 0, 0
+        self.tiles = None  # the choice of head.tune (protomem/head/tuning.py)
         self.goes_on = False  # after a stop that concerned other machines only
         self.best = None
 
@@ -100,6 +103,15 @@ class Run:
             s.final_lr,
         )
 
+    def _tune(self) -> dict:
+        """Take the fastest tiles for the head, or those of the checkpoint; what the log says of it."""
+        work = build.head_work_from(self.config, self.records.num_classes)
+        found = tuning.agree(work, self.device, self.tiles)
+        self.tiles = found["record"]
+        tiles, block = tuning.choice_of(self.tiles, work)
+        self.head = functools.partial(self.head, tiles=tiles, block=block)
+        return {k: self.tiles[k] for k in ("tiles", "block", "ms", "default_ms")} | {"source": found["source"]}
+
     # --- evaluation ------------------------------------------------------------------------------------------------
 
     def evaluate(self, tag: str) -> dict:
@@ -154,6 +166,7 @@ class Run:
         """Train up to the end, or until `stop` was asked for; whether it was the end."""
         resumed = checkpointing.resume(self)
         c = self.config
+        tuned = self._tune() if c.head.tune else None
         try:
             self.log = RunLog(
                 self.folder,
@@ -168,6 +181,8 @@ class Run:
             raise lock.unwritable(self.folder, error) from None
         self.saver = checkpointing.saver(self)
         with contextlib.closing(self.log), self.saver:
+            if tuned:
+                self.log.event("tuned", step=self.step, **tuned)
             if resumed:
                 self.log.event("resume", step=self.step, path=str(resumed), world_size=self.context.world_size)
                 if self._killed_before_evaluation(resumed):

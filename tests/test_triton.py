@@ -1,6 +1,7 @@
 """The triton head without a GPU: its numbers by Triton's interpreter, its kernels compiled ahead of time, its errors."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from protomem import build, config
 from protomem.block_update import BlockUpdate
 from protomem.errors import UserError
-from protomem.head import HEADS, Columns, GradSink, Injection, Live, Nearest, Negatives, objective, triton_head
+from protomem.head import HEADS, Columns, GradSink, Injection, Live, Nearest, Negatives, objective, triton_head, tuning
 from protomem.objective.margins import interclass_filter
 from protomem.optim import build_optimizer
 from tests.test_no_sync import no_waiting
@@ -27,6 +28,7 @@ except ImportError:
 needs_triton = pytest.mark.skipif(triton is None, reason="triton is not installed: python -m pip install triton==3.7.1")
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8", torch.int8: "i8"}
+SPILLED = 128  # bytes of a thread's registers that a candidate of head.tune may lose to memory
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use, by compute capability x 10
 
 
@@ -93,7 +95,7 @@ def calls() -> list[tuple]:
     return found
 
 
-def recorded(monkeypatch) -> dict:
+def recorded(monkeypatch, calls: list[tuple]) -> dict:
     """Every launch of these calls, once: {what it is compiled for: (kernel, signature, constants, attributes, options)}."""
     launches = {}
 
@@ -121,7 +123,7 @@ def recorded(monkeypatch) -> dict:
 
     monkeypatch.setattr(triton_head, "launch", note)
     monkeypatch.setattr(triton_head, "check", lambda *_: None)
-    for args, options, terms in calls():
+    for args, options, terms in calls:
         for _ in range(terms):
             cos_y, out = HEADS["triton"](*args[:4], **options, **({} if len(args) < 5 else dict(threshold=args[4])))
             objective(cos_y, out).sum().backward()
@@ -131,17 +133,47 @@ def recorded(monkeypatch) -> dict:
 @needs_triton
 def test_kernels_compile_and_fit_into_shared_memory(monkeypatch):
     """For all of these GPUs; and fp32 operands stay fp32. About a minute."""
-    launches = recorded(monkeypatch)
+    launches = recorded(monkeypatch, calls())
     names = {kernel.__name__ for kernel, *_ in launches.values()}
     assert names == {"operands", "finish", "finish_sgd", "finish_adamw", "merge", "logits", "add_dx", "row_grads"}
-    for key, (kernel, signature, constants, attributes, options) in launches.items():
-        source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
-        for capability, most in SHARED_MEMORY.items():
-            target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-            compiled = triton.compile(source, target=target, options=options)
-            assert compiled.metadata.shared <= most, (capability, compiled.metadata.shared, *key)
-            if constants.get("HALF") is False:
-                assert "tf32" not in compiled.asm["ptx"], key
+    for key, launch in launches.items():
+        for found in compiled(key, *launch):
+            if launch[2].get("HALF") is False:
+                assert "tf32" not in found.asm["ptx"], key
+
+
+def compiled(key, kernel, signature, constants, attributes, options):
+    """What is compiled for each of the GPUs; it fits into their shared memory."""
+    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    for capability, most in SHARED_MEMORY.items():
+        target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+        found = triton.compile(source, target=target, options=options)
+        assert found.metadata.shared <= most, (capability, found.metadata.shared, *key)
+        yield found
+
+
+def spilled(cubin: bytes, path: Path) -> int:
+    """Bytes of each thread's registers that a program keeps in memory."""
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", text)[1])
+
+
+@needs_triton
+def test_every_candidate_of_the_tuner_fits_and_keeps_its_registers(monkeypatch, tmp_path):
+    """The three products, which alone depend on tiles, with all that a head can do. Less than a minute."""
+    tried = [(precision, centers, tiles) for precision in tuning.TRIED for centers in (1, 3) for tiles in tuning.tried(precision, centers)]
+    calls = []
+    for precision, centers, tiles in tried:
+        options = dict(precision=precision, store_mb=1e6, tiles=tiles)
+        all_of_it = everything(64, 4000, 512) if centers == 1 else tensors(64, 12000, 512, centers=centers, nearest=Nearest())
+        calls.append(((*all_of_it, 64.0, interclass_filter(0.3)), options, 1))
+    launches = {key: l for key, l in recorded(monkeypatch, calls).items() if key[0] in ("logits", "add_dx", "row_grads")}
+    assert len(launches) == 3 * len(tried)
+    for key, launch in launches.items():
+        for found in compiled(key, *launch):
+            assert spilled(found.asm["cubin"], tmp_path / "cubin") <= SPILLED, key
 
 
 # --- errors and waiting ------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from protomem.head import triton_head
+from protomem.head import triton_head, tuning
+from protomem.head.triton_head import Tiles
 from tests import test_sub_centers as slow
 from tests.ranks import run_ranks
 from tests.triton_interpreted import ARCFACE, FILTERED, STORES, USUAL, compare, compute, joined, problem
@@ -102,7 +103,7 @@ def test_the_fused_update_is_that_of_whole_gradients(world):
 @pytest.mark.parametrize("store_mb", [0, 16])
 @pytest.mark.parametrize("more", [{}, dict(threshold=10.0)])
 def test_bf16_costs_one_percent_of_the_gradient(more, store_mb, monkeypatch):
-    monkeypatch.setattr(triton_head, "INTERPRETED", triton_head.Tiles(64, 64, 256, 64, 1, 1))
+    monkeypatch.setattr(triton_head, "INTERPRETED", Tiles(64, 64, 256, 64, 1, 1))
     case = {**USUAL, **dict(batch=64, classes=400, size=512, scale=64.0, centers=3), **more}
     p = problem(**case)
     expected = compute("dense", case, p, torch.float64)
@@ -126,6 +127,24 @@ def test_of_equal_prototypes_the_first_has_the_gradient(precision):
     assert not rows[:, 2].any() and rows[:, 1].any() and rows[:, 0].any()
     for a, b in zip((*seen[:3], rows[:, :2].reshape(80, 24)), first):
         torch.testing.assert_close(a, b)
+
+
+def test_every_shape_of_the_tuner_s_tiles():
+    """In the interpreter's size, see tests/triton_interpreted.py."""
+    case = cases()["two"]
+    p = problem(**case)
+    expected = compute("dense", case, p, torch.float64)
+    every = [tiles for tried in tuning.TRIED_CENTERS.values() for tiles in tried]
+    for tiles in {Tiles(*(16 * size // t.k for size in (t.m, t.n, t.d)), 16, 1, 1) for t in every}:
+        compare(compute("triton", case, p, torch.float32, block=64, store_mb=0.004, tiles=tiles), expected, 1e-5, str(tiles))
+
+
+def test_the_tuner_calls_the_head_as_a_step_does(monkeypatch):
+    tried = [Tiles(16, n, 16, 16, 1, 1) for n in (16, 32)]
+    monkeypatch.setitem(tuning.TRIED_CENTERS, "fp32", tried)
+    work = tuning.work(8, 3 * 75, 21, "fp32", store_mb=0.005, learns=True, centers=3, block=100)
+    found = tuning.times(work, torch.device("cpu"), lambda act: act() or 1.0)
+    assert found == [((tiles, 3 * n), 1.0, "") for tiles, n in zip(tried, (48, 64))], found
 
 
 def test_no_gradient_mode():

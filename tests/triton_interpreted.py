@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from protomem import distributed
 from protomem.block_update import BlockUpdate
-from protomem.head import HEADS, Columns, GradSink, Injection, Live, Nearest, objective, triton_head
+from protomem.head import HEADS, Columns, GradSink, Injection, Live, Nearest, objective, triton_head, tuning
+from protomem.head.triton_head import Tiles
 from protomem.objective.margins import build_margin
 from tests.ranks import run_ranks
 from tests.test_communication import listen
@@ -201,6 +202,53 @@ def test_one_process(name):
     for store in STORES if name in ("classifier", "threshold") else STORES[turn % 3 :][:1]:
         found = compute("triton", case, p, torch.float32, block=BLOCK, store_mb=store)
         compare(found, expected, 1e-5, f"{name}, store_mb={store}")
+
+
+def scaled() -> list[Tiles]:
+    """The tuner's candidates in the interpreter's size: k is 16, and the others have the same ratio to it."""
+    every = [tiles for tried in tuning.TRIED.values() for tiles in tried]
+    return list({Tiles(*(16 * size // t.k for size in (t.m, t.n, t.d)), 16, 1, 1): None for t in every})
+
+
+@pytest.mark.parametrize("tiles", scaled(), ids=lambda t: f"{t.m}x{t.n}x{t.d}")
+def test_every_shape_of_the_tuner_s_tiles(tiles):
+    for name, block in (("injection_mapped", 32), ("memory_rows_learn", 64)):
+        case = cases()[name]
+        p = problem(**case)
+        found = compute("triton", case, p, torch.float32, block=block, store_mb=0.004, tiles=tiles)
+        compare(found, compute("dense", case, p, torch.float64), 1e-5, f"{name}, {tiles}")
+
+
+WORKS = {
+    "bf16": dict(precision="bf16", mixed=True),
+    "kept": dict(store_mb=16.0, filtered=True),
+    "memory": dict(learns=False, memory=True, half=True),
+    "memory learns": dict(memory=True, threshold=True),
+}
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_the_tuner_compares_what_candidates_compute(name, monkeypatch):
+    """It calls the head as a step does, and passes over one that leaves half of d x out."""
+    work = tuning.work(8, 75, 21, **{**dict(precision="fp32", store_mb=0.0, learns=True), **WORKS[name]}, block=64)
+    tried = [Tiles(16, n, 16, 16, 1, 1) for n in (16, 32)] + [Tiles(32, 16, 32, 16, 1, 1)]
+    monkeypatch.setitem(tuning.TRIED, work.precision, tried)
+    real = triton_head.launch
+
+    def lazy(kernel, grid, *args, **constants):
+        short = kernel.fn.__name__ == "add_dx" and constants["BN"] == 32
+        real(kernel, (*grid[:2], 1) if short else grid, *args, **constants)
+
+    def clock(act):
+        act()
+        return 1.0
+
+    for launch, wrong in ((real, []), (lazy, [1])):
+        monkeypatch.setattr(triton_head, "launch", launch)
+        found = tuning.times(work, torch.device("cpu"), clock)
+        assert [choice for choice, *_ in found] == [(tiles, 64) for tiles in tried]
+        assert [k for k, (_, _, why) in enumerate(found) if why] == wrong
+        assert all("its gradients differ by" in found[k][2] and found[k][1] == float("inf") for k in wrong)
 
 
 def test_two_ranks():

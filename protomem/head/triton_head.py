@@ -78,11 +78,16 @@ class Tiles:
     stages: int
 
 
-# Chosen to fit the shared memory of compute capability 8.0 (163 KiB) without spilling registers, not by measurement.
+# Chosen to fit the shared memory of compute capability 8.0 (163 KiB) without spilling registers, not by measurement; what else
+# may be tried on a GPU: protomem/head/tuning.py.
 TILES = {"bf16": Tiles(128, 128, 128, 64, 8, 3), "fp32": Tiles(64, 64, 64, 32, 8, 2)}
 # With sub-centres: n identities. Besides the sums, registers hold the largest so far and which it was.
 CENTER_TILES = {"bf16": Tiles(128, 64, 128, 64, 8, 3), "fp32": Tiles(64, 64, 64, 32, 8, 2)}
 INTERPRETED = Tiles(16, 16, 16, 16, 1, 1)
+
+
+def default_tiles(precision: str, centers: int = 1) -> Tiles:
+    return (TILES if centers == 1 else CENTER_TILES)[precision]
 
 
 def check(device: torch.device | str | None = None) -> None:
@@ -108,12 +113,12 @@ def chunk_rows(batch: int, size: int, tile: int, centers: int = 1) -> int:
 class _Chunks:
     """What the passes of one call share: the cut into chunks, and a chunk's kernels."""
 
-    def __init__(self, x: torch.Tensor, columns: Columns, scale: float, filter_above: float | None, half: bool, block: int):
+    def __init__(self, x, columns: Columns, scale: float, filter_above: float | None, half: bool, block: int, tiles=None):
         self.rows, self.make, self.updates = kernels.load()
         self.columns, self.scale, self.filter_above, self.half = columns, scale, filter_above, half
-        self.emulated = kernels.interpreted()
-        many = self.centers = columns.centers
-        self.tiles = INTERPRETED if self.emulated else (TILES if many == 1 else CENTER_TILES)["bf16" if half else "fp32"]
+        self.emulated, many = kernels.interpreted(), columns.centers
+        self.tiles = tiles or (INTERPRETED if self.emulated else default_tiles("bf16" if half else "fp32", many))
+        self.centers = many
         (self.b, self.d), self.c = x.shape, len(columns.rows)
         n = self.tiles.n * many  # rows of a tile
         self.k = min(-(-(block or chunk_rows(self.b, self.d, self.tiles.n, many)) // n) * n, -(-self.c // n) * n)
@@ -232,10 +237,10 @@ class _Chunks:
 
 class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, own, live, columns: Columns, scale, negatives, operands, block, store, wants, threshold):
+    def forward(ctx, x, own, live, columns: Columns, scale, negatives, operands, cut, store, wants, threshold):
         wants_dx, wants_dw = wants
         filter_above = None if negatives is None else negatives.filter_above
-        chunks = _Chunks(x, columns, float(scale), filter_above, operands.half, block)
+        chunks = _Chunks(x, columns, float(scale), filter_above, operands.half, *cut)
         b, c = chunks.b, chunks.c
         _, mine = own_prototypes(x, own, columns)
         own_cos = (x * mine).sum(1)
@@ -315,13 +320,16 @@ def triton_head(
     precision: str = "fp32",
     block: int = 0,
     store_mb: float = 16.0,
+    tiles: Tiles | None = None,
 ):
     """(cos_y [B], lse_neg or sum_neg [B]) of unit embeddings x [B, D] fp32; see protomem/head/contract.py.
 
     precision: `fp32` (exact, no TF32), or `bf16` for bf16 operands and exponentials with fp32 sums, target path and softmax
     statistics. block: rows per chunk, rounded up to whole tiles (0: `chunk_rows`). store_mb: MiB of exponentials kept for
     the backward (our default: 16, as for `blocked`; all of them are 2 B C bytes with bf16, 2 GB at B = 1024, C = 1 M, and at
-    this B and D the default keeps none). Raises UserError without a GPU, without Triton, and for negatives without a kernel.
+    this B and D the default keeps none). tiles: of the kernels; None: `default_tiles`.
+
+    Raises UserError without a GPU, without Triton, and for negatives without a kernel.
     """
     check(x.device)
     if negatives is not None and negatives.filter_above is None:
@@ -337,4 +345,4 @@ def triton_head(
     wants = keep and x.requires_grad, keep and columns.sink is not None
     operands = Operands(precision, x.dtype, x.device)
     store = int(store_mb * 2**20)
-    return _Head.apply(x, columns.own, live, columns, scale, negatives, operands, block, store, wants, threshold)
+    return _Head.apply(x, columns.own, live, columns, scale, negatives, operands, (block, tiles), store, wants, threshold)
