@@ -7,7 +7,7 @@ import logging
 import math
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from protomem import distributed, optim
 from protomem.block_update import BlockUpdate
@@ -18,10 +18,11 @@ from protomem.encoder import build_encoder
 from protomem.encoder.ema import EmaEncoder
 from protomem.encoder.weights import load_weights
 from protomem.errors import UserError
-from protomem.head import HEADS, triton_head
+from protomem.head import HEADS, triton_head, tuning
 from protomem.objective.contrast import Contrast
 from protomem.objective.criterion import Criterion, UnifiedCriterion
 from protomem.objective.margins import Margin, build_margin
+from protomem.plan.case import Case
 from protomem.prototypes.classifier import ClassifierShard
 from protomem.prototypes.empirical import EmpiricalPrototypes
 from protomem.prototypes.memory import PrototypeMemory
@@ -222,3 +223,26 @@ def head_from(config: DictConfig):
     if h.backend == "triton":
         triton_head.check(None if config.distributed.device == "auto" else config.distributed.device)
     return functools.partial(HEADS[h.backend], precision=h.precision, block=h.block, store_mb=h.store_mb)
+
+
+def head_work_from(config: DictConfig, num_identities: int) -> tuning.Work:
+    """What head.tune times: the largest micro-batch, in all of its views (from contrast.start_epoch on there are two), against
+    the shard of rank 0."""
+    h, m = config.head, config.margin
+    case = Case(OmegaConf.to_object(config), num_identities, 0, distributed.world_size(), None, None, None)
+    memory = case.source == "memory"
+    return tuning.work(
+        case.views * case.batch,
+        case.centers * case.active,
+        case.size,
+        h.precision,
+        store_mb=h.store_mb,
+        block=h.block,
+        learns=case.learns,
+        memory=memory,
+        half=memory and config.prototypes.memory.storage == "bf16",
+        mixed=config.prototypes.injection.weight > 0,
+        filtered=m.filter_above > 0,
+        threshold=m.criterion == "unified",
+        centers=case.centers,
+    )

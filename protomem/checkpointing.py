@@ -91,7 +91,7 @@ def resume(run) -> Path | None:
             )
     more = tuple(f"sampler.{name}" for name in run.memory.sampler_tensors()) if run.memory else ()
     info, loaded = state.load(path, modules(run), run.optimizers, more)
-    run.step = info["step"]
+    run.step, run.tiles = info["step"], info.get("tiles")
     try:
         if run.memory:
             tensors = {name.removeprefix("sampler."): value for name, value in loaded.items()}
@@ -149,6 +149,7 @@ def save(run) -> Path:
         "run": identity(run),
         "sampler": numbers,
         "scaler": run.scaler.state_dict() if run.scaler else None,
+        "tiles": run.tiles,
         "config": without_secrets(OmegaConf.to_container(run.config)),
     }
     run.saved = run.step

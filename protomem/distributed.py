@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import itertools
 import os
+import threading
 import time
 from dataclasses import dataclass
 from typing import Callable
@@ -89,12 +90,30 @@ def new_cpu_group(timeout_s: float):
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
 
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def alone():
+    """Inside, this thread computes as a single process would: it communicates with nobody. (Not so a backward on a GPU, which
+    has a thread of its own; what a head `put_off` there is done when it ends.)"""
+    _thread.alone = True
+    try:
+        yield
+    finally:
+        _thread.alone = False
+
+
+def _in_group() -> bool:
+    return dist.is_initialized() and not getattr(_thread, "alone", False)
+
+
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _in_group() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _in_group() else 1
 
 
 def store() -> dist.Store:

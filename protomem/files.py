@@ -33,6 +33,11 @@ def replace_file(path: Path, data: bytes) -> None:
     write_atomically(path, lambda file: file.write(data))
 
 
+def cache_folder() -> Path:
+    """Where protomem keeps what it found out and can find out again: $XDG_CACHE_HOME/protomem, else ~/.cache/protomem."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "protomem"
+
+
 def remove_temporaries(folder: Path) -> None:
     """Delete what a kill in `write_atomically` has left in a folder. Nobody else may be writing there."""
     for path in folder.glob("*.tmp-*"):

@@ -134,6 +134,7 @@ ONLY_WITH = {
     "head.precision": ("head.backend", ("blocked", "triton")),
     "head.block": ("head.backend", ("blocked", "triton")),
     "head.store_mb": ("head.backend", ("blocked", "triton")),
+    "head.tune": ("head.backend", ("triton",)),
     "optimizer.momentum": ("optimizer.name", ("sgd",)),
     "optimizer.nesterov": ("optimizer.name", ("sgd",)),
     "optimizer.fuse_prototypes": ("prototypes.source", ("classifier",)),

@@ -176,6 +176,7 @@ class Head:
     precision: str = "fp32"
     block: int = 0
     store_mb: float = 16.0
+    tune: bool = False
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from protomem.encoder.compiled import compiled
 from protomem.errors import UserError
 from protomem.files import replace_file
 from protomem.gradients import LossScaler, clip_gradients
+from protomem.head import tuning
 from protomem.memory_run import MemoryRun
 from protomem.metrics import RunLog
 from protomem.report import write_report
@@ -40,6 +42,7 @@ class Run:
     def __init__(self, config: DictConfig, context: distributed.Context):
         self.config, self.context, self.device = config, context, context.device
         self.folder, self.step, self.overflows = Path(config.output), 0, 0
+        self.tiles = None  # the choice of head.tune (protomem/head/tuning.py)
         self.goes_on = False  # after a stop that concerned other machines only
         self.best = evaluation.best_so_far(self.folder)
         checks.graphs(config, self.device)
@@ -95,11 +98,21 @@ class Run:
             s.final_lr,
         )
 
+    def _tune(self) -> dict:
+        """Take the fastest tiles for the head, or those of the checkpoint; what the log says of it."""
+        work = build.head_work_from(self.config, self.records.num_classes)
+        found = tuning.agree(work, self.device, self.tiles)
+        self.tiles = found["record"]
+        tiles, block = tuning.choice_of(self.tiles, work)
+        self.head = functools.partial(self.head, tiles=tiles, block=block)
+        return {k: self.tiles[k] for k in ("tiles", "block", "ms", "default_ms")} | {"source": found["source"]}
+
     def run(self, stop: StopRequest) -> bool:
         """Train up to the end, or until `stop` was asked for; whether it was the end."""
         with starting():
             resumed = checkpointing.resume(self)
         c = self.config
+        tuned = self._tune() if c.head.tune else None
         try:
             self.log = RunLog(
                 self.folder,
@@ -114,6 +127,8 @@ class Run:
             raise lock.unwritable(self.folder, error) from None
         self.saver = checkpointing.saver(self)
         with contextlib.closing(self.log), self.saver:
+            if tuned:
+                self.log.event("tuned", step=self.step, **tuned)
             if resumed:
                 self.log.event("resume", step=self.step, path=str(resumed), world_size=self.context.world_size)
                 if evaluation.killed_before(self, resumed):

@@ -46,7 +46,7 @@ def plain_and_fused(*settings: str):
     return [configured(*settings, f"optimizer.fuse_prototypes={value}") for value in ("false", "true")]
 
 
-def run(c, margin, classes, injection=None, dtype=torch.float64, steps=4, head={}, batch=9, size=6):
+def run(c, margin, classes, injection=None, dtype=torch.float64, steps=4, head={}, batch=9, size=6, backend="blocked"):
     """(losses, this rank's rows after each step, the encoder's weights, the optimizer's state by its names)."""
     rank, world = distributed.rank(), distributed.world_size()
     g = torch.Generator().manual_seed(classes)
@@ -67,7 +67,7 @@ def run(c, margin, classes, injection=None, dtype=torch.float64, steps=4, head={
                 group["lr"] = group["lr"] * 0.7
         part = MicroBatch(images[lo:hi], labels[lo:hi], [b - a for a, b in bounds])
         given = {"block": 4, "store_mb": 0.0003, **head}
-        stats = forward_backward([part], model, shard, lambda *a: HEADS["blocked"](*a, **given), margin, step)
+        stats = forward_backward([part], model, shard, lambda *a: HEADS[backend](*a, **given), margin, step)
         for optimizer in optimizers.values():
             optimizer.step()
         seen.append(stats["loss"].item())

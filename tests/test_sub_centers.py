@@ -152,30 +152,33 @@ def test_pool_and_spread_are_the_maximum_and_its_gradient():
     assert torch.equal(spread(p, at, torch.empty(4, 15)), z.grad)
 
 
+def trained(optimizer: str, fuse: bool, backend: str, dtype=torch.float64, **given):
+    """This rank's rows [C, 3 * 6] after three steps."""
+    world = distributed.world_size()
+    c = configured(*OPTIMIZERS[optimizer], f"optimizer.fuse_prototypes={str(fuse).lower()}")
+    shard, x = ClassifierShard(7, 6, std=0.5, sub_centers=3).to(dtype), torch.nn.Linear(5, 6, bias=False).to(dtype)
+    x.weight.data.copy_(torch.arange(30.0).view(6, 5).sin())
+    built = build.optimizers_from(c, torch.nn.Sequential(x), shard, torch.nn.Module())
+    model = torch.nn.parallel.DistributedDataParallel(x) if world > 1 else x
+    for step in range(3):
+        g = torch.Generator().manual_seed(step)
+        images, y = torch.randn(6, 5, generator=g).to(dtype), torch.randint(0, 7, (6,), generator=g)
+        mine = slice(6 // world * distributed.rank(), 6 // world * (distributed.rank() + 1))
+        part = MicroBatch(images[mine], y[mine], [6 // world] * world)
+        for o in built.values():
+            o.zero_grad()
+        head = functools.partial(HEADS[backend], **given)
+        forward_backward([part], model, shard, head, build_margin("arcface", scale=SCALE), step)
+        for o in built.values():
+            o.step()
+    return shard.weight.detach().numpy()
+
+
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_fused_update_is_the_same_bit_for_bit(world, optimizer):
     def work():
-        found = []
-        for fuse in ("false", "true"):
-            c = configured(*OPTIMIZERS[optimizer], f"optimizer.fuse_prototypes={fuse}")
-            shard, x = ClassifierShard(7, 6, std=0.5, sub_centers=3).double(), torch.nn.Linear(5, 6, bias=False).double()
-            x.weight.data.copy_(torch.arange(30.0).view(6, 5).sin())
-            built = build.optimizers_from(c, torch.nn.Sequential(x), shard, torch.nn.Module())
-            model = torch.nn.parallel.DistributedDataParallel(x) if world > 1 else x
-            for step in range(3):
-                g = torch.Generator().manual_seed(step)
-                images, y = torch.randn(6, 5, generator=g).double(), torch.randint(0, 7, (6,), generator=g)
-                mine = slice(6 // world * distributed.rank(), 6 // world * (distributed.rank() + 1))
-                part = MicroBatch(images[mine], y[mine], [6 // world] * world)
-                for o in built.values():
-                    o.zero_grad()
-                head = functools.partial(HEADS["blocked"], block=4, store_mb=0.0003)
-                forward_backward([part], model, shard, head, build_margin("arcface", scale=SCALE), step)
-                for o in built.values():
-                    o.step()
-            found.append(shard.weight.detach().numpy())
-        return found
+        return [trained(optimizer, fuse, "blocked", block=4, store_mb=0.0003) for fuse in (False, True)]
 
     for plain, fused in run_ranks(world, work):
         assert plain.any() and (plain == fused).all()

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from protomem import distributed
-from protomem.head import HEADS, Columns, GradSink, Injection, Live, Nearest, objective, triton_head
+from protomem.block_update import BlockUpdate
+from protomem.head import HEADS, Columns, GradSink, Injection, Live, Nearest, objective, triton_head, tuning
+from protomem.head.triton_head import Tiles
 from protomem.objective.margins import build_margin
 from tests.ranks import run_ranks
 from tests.test_communication import listen
@@ -42,24 +44,27 @@ CASES = {
     "injection_unit": dict(share=0.3, unit=True, hidden=True, calls=2),
     "injection_everywhere": dict(share=1.0, threshold=1.0, mapped=True),
     "constant_injected": dict(share=0.3, unit=True, mapped=True, sink=False),
-    "updated": dict(updated=True, **FILTERED),
-    "updated_injection": dict(updated=True, share=0.3, mapped=True),
-    "updated_unit": dict(updated=True, unit=True, hidden=True, threshold=2.0),
+    "handed_over": dict(updated="torch", **FILTERED),
+    "handed_over_injection": dict(updated="torch", share=0.3, mapped=True),
+    "updated": dict(updated="kernel", own=True, **FILTERED),
+    "updated_injection": dict(updated="kernel", share=0.3, mapped=True),
+    "updated_unit": dict(updated="kernel", unit=True, hidden=True, threshold=2.0),
+    "updated_unit_injection": dict(updated="kernel", unit=True, share=0.3),
     "x_is_constant": dict(calls=2, frozen=True, own=True),
 }
 STORES = (0, 0.004, 16)  # exponentials of no chunk, of one or two, of all
 
 
 def problem(
-    batch, classes, size, unit=False, hidden=False, own=False, live=False, share=0.0, mapped=False, opposite=False, **_
+    batch, classes, size, centers=1, unit=False, hidden=False, own=False, live=False, share=0.0, mapped=False, opposite=False, **_
 ) -> dict:
     """Tensors of the whole problem, float64 numbers that float32 holds exactly (but unit vectors)."""
     g = torch.Generator().manual_seed(batch * 1000 + classes)
     random = lambda *shape: torch.randn(*shape, generator=g).double()  # noqa: E731
-    p = dict(x=F.normalize(random(batch, size)), rows=random(classes, size))
+    p = dict(x=F.normalize(random(batch, size)), rows=random(classes * centers, size))
     p["labels"] = torch.randint(0, classes, (batch,), generator=g)
     if opposite:
-        p["rows"] = -random(classes, 1).abs() * p["x"].mean(0) + 0.01 * p["rows"]
+        p["rows"] = -random(classes * centers, 1).abs() * p["x"].mean(0) + 0.01 * p["rows"]
     if unit:
         p["rows"] = F.normalize(p["rows"])
     if hidden:
@@ -80,6 +85,8 @@ def problem(
 class Collected:
     """In the place of an update inside the backward: what it is given for each block. Rows change, as they would."""
 
+    fused = False
+
     def __init__(self, rows):
         self.rows, self.gradient = rows, torch.full_like(rows, 7)
 
@@ -91,15 +98,27 @@ class Collected:
         self.rows[start:stop] = -3
 
 
+class Kept(BlockUpdate):
+    """One step by the kernel, which leaves the gradient in the momentum, as the buffer was zero before."""
+
+    def __init__(self, rows):
+        parameter = torch.nn.Parameter(rows)
+        super().__init__(torch.optim.SGD([parameter], lr=3.0, momentum=0.9, fused=True), parameter)
+
+    @property
+    def gradient(self):
+        return self._moments(0, *self.parameter.shape)[0]
+
+
 def compute(head: str, case: dict, p: dict, dtype, **options) -> dict:
     """All results of this rank's shard: values that are equal on every rank, gradients of which the ranks' sum counts, and
     those of the shard."""
     first, last = distributed.shard_bounds(case["classes"], distributed.rank(), distributed.world_size())
-    mine = lambda index: torch.where((index >= first) & (index < last), index - first, -1)  # noqa: E731
+    mine, centers = lambda index: torch.where((index >= first) & (index < last), index - first, -1), case.get("centers", 1)
     leaf = lambda t: t.to(dtype).detach().clone().requires_grad_()  # noqa: E731
-    rows = p["rows"][first:last].to(dtype)
+    rows = p["rows"][first * centers : last * centers].to(dtype)
     x, sink = leaf(p["x"]).requires_grad_(not case.get("frozen")), GradSink() if case.get("sink", True) else None
-    columns = Columns(rows, mine(p["labels"]), sink, unit=case.get("unit", False))
+    columns = Columns(rows, mine(p["labels"]), sink, unit=case.get("unit", False), centers=centers)
     columns.nearest = Nearest() if case.get("nearest") else None
     leaves = dict(dx=x)
     if "valid" in p:
@@ -121,7 +140,7 @@ def compute(head: str, case: dict, p: dict, dtype, **options) -> dict:
     margin = build_margin(scale=case["scale"], **case["margin"])
     if sink is not None:
         if case.get("updated") and head == "triton":
-            sink.update = Collected(rows)
+            sink.update = {"torch": Collected, "kernel": Kept}[case["updated"]](rows)
         if sink.begin(rows) is not None:
             sink.buffer.fill_(7)  # the first write overwrites
     for _ in range(case.get("calls", 1)):
@@ -183,6 +202,53 @@ def test_one_process(name):
     for store in STORES if name in ("classifier", "threshold") else STORES[turn % 3 :][:1]:
         found = compute("triton", case, p, torch.float32, block=BLOCK, store_mb=store)
         compare(found, expected, 1e-5, f"{name}, store_mb={store}")
+
+
+def scaled() -> list[Tiles]:
+    """The tuner's candidates in the interpreter's size: k is 16, and the others have the same ratio to it."""
+    every = [tiles for tried in tuning.TRIED.values() for tiles in tried]
+    return list({Tiles(*(16 * size // t.k for size in (t.m, t.n, t.d)), 16, 1, 1): None for t in every})
+
+
+@pytest.mark.parametrize("tiles", scaled(), ids=lambda t: f"{t.m}x{t.n}x{t.d}")
+def test_every_shape_of_the_tuner_s_tiles(tiles):
+    for name, block in (("injection_mapped", 32), ("memory_rows_learn", 64)):
+        case = cases()[name]
+        p = problem(**case)
+        found = compute("triton", case, p, torch.float32, block=block, store_mb=0.004, tiles=tiles)
+        compare(found, compute("dense", case, p, torch.float64), 1e-5, f"{name}, {tiles}")
+
+
+WORKS = {
+    "bf16": dict(precision="bf16", mixed=True),
+    "kept": dict(store_mb=16.0, filtered=True),
+    "memory": dict(learns=False, memory=True, half=True),
+    "memory learns": dict(memory=True, threshold=True),
+}
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_the_tuner_compares_what_candidates_compute(name, monkeypatch):
+    """It calls the head as a step does, and passes over one that leaves half of d x out."""
+    work = tuning.work(8, 75, 21, **{**dict(precision="fp32", store_mb=0.0, learns=True), **WORKS[name]}, block=64)
+    tried = [Tiles(16, n, 16, 16, 1, 1) for n in (16, 32)] + [Tiles(32, 16, 32, 16, 1, 1)]
+    monkeypatch.setitem(tuning.TRIED, work.precision, tried)
+    real = triton_head.launch
+
+    def lazy(kernel, grid, *args, **constants):
+        short = kernel.fn.__name__ == "add_dx" and constants["BN"] == 32
+        real(kernel, (*grid[:2], 1) if short else grid, *args, **constants)
+
+    def clock(act):
+        act()
+        return 1.0
+
+    for launch, wrong in ((real, []), (lazy, [1])):
+        monkeypatch.setattr(triton_head, "launch", launch)
+        found = tuning.times(work, torch.device("cpu"), clock)
+        assert [choice for choice, *_ in found] == [(tiles, 64) for tiles in tried]
+        assert [k for k, (_, _, why) in enumerate(found) if why] == wrong
+        assert all("its gradients differ by" in found[k][2] and found[k][1] == float("inf") for k in wrong)
 
 
 def test_two_ranks():

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from protomem.errors import UserError
-from protomem.files import parse_json, read_array, write_atomically
+from protomem.files import cache_folder, parse_json, read_array, write_atomically
 
 _HEADER_BYTES = 4096
 MAX_CLASSES = 2**32  # identities (our default): a larger number is a damaged label, and what it would allocate ends the run
@@ -45,10 +45,9 @@ def first_changed(stamps: dict[Path, str]) -> str:
 
 def side_paths(stem: Path, suffix: str) -> tuple[Path, Path]:
     """Where a file that protomem derives from the data may lie: beside the data, and in the user's cache folder."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "protomem"
     absolute = stem.absolute()
     tag = hashlib.blake2b(os.fsencode(absolute), digest_size=8).hexdigest()
-    return Path(f"{absolute}{suffix}"), root / f"{absolute.parent.name}-{absolute.name}-{tag}{suffix}"
+    return Path(f"{absolute}{suffix}"), cache_folder() / f"{absolute.parent.name}-{absolute.name}-{tag}{suffix}"
 
 
 def write_beside(stem: Path, suffix: str, write: Callable[[Any], None]) -> Path | None:

@@ -30,7 +30,8 @@ class GradSink:
     write of a step overwrites, later ones (gradient accumulation, several loss terms) add.
 
     update: takes the place of the buffer (a BlockUpdate, protomem/block_update.py): what a head computes for a block of rows
-    goes there at once, complete, and the rows change. A step has one write then. None: there is the buffer.
+    goes there at once, complete, and the rows change, or the head has a kernel for both. A step has one write then. None:
+    there is the buffer.
     """
 
     def __init__(self):

@@ -35,7 +35,17 @@ Four kernels are launched for a chunk forward and two backward, four where e is 
 that is not far from the time of the products themselves at this shape: `block` is the first thing to measure.
 benchmarks/kernels.py checks the gradients on a GPU and then measures.
 
-Legend: B global batch, C prototype rows of this rank, K rows of a chunk, D feature size, T tiles of BN rows in a chunk.
+With sub-centres (`centers` rows for an identity) a tile [BM, BN] is of identities. The logits kernel takes the products with
+their first rows, their second ones and so on, and keeps the largest cosine and which it was in registers: the maxima and sums,
+e [B, K / centers] and with it the winners [B, K / centers], int8, are per identity. add_dx and row_grads take e for the winner
+and 0 for the other rows, so each product still has the FLOPs of all rows. Chunks are whole identities. At B = 1024, D = 512
+and three sub-centres, bf16 operands, a chunk is K = 12288 rows of 4096 identities (2 B + B + 2 * 3 D bytes each, 24 MiB):
+    FLOPs   2 B K D = 12.9 G for each product
+    bytes   of HBM: w 25.2 MB, read and written as above; of L2, besides: v 12.6 MB; e 8.4 MB and winners 4.2 MB, read `centers`
+            times as often as above, 3 D / BD = 12 times
+
+Legend: B global batch, C prototype rows of this rank, K rows of a chunk, D feature size, T tiles in a chunk of BN rows, or
+identities.
 """
 
 from __future__ import annotations
@@ -47,11 +57,12 @@ import torch
 from protomem import distributed
 from protomem.errors import UserError
 from protomem.head import kernels
+from protomem.head.centers import resolved
 from protomem.head.contract import Columns, Negatives, combine
 from protomem.head.operands import Operands
-from protomem.head.targets import add_to_targets, own_gradients, own_prototypes, target_gradients
+from protomem.head.targets import own_gradients, own_prototypes
+from protomem.head.triton_rows import HIDDEN, fill_sink, live_gradient
 
-HIDDEN = -1e30  # a logit that is not there
 L2_BYTES = 24 * 2**20  # of exponentials and operands in a chunk, both bf16 (our default: half of an H100's cache)
 
 
@@ -67,9 +78,16 @@ class Tiles:
     stages: int
 
 
-# Chosen to fit the shared memory of compute capability 8.0 (163 KiB) without spilling registers, not by measurement.
+# Chosen to fit the shared memory of compute capability 8.0 (163 KiB) without spilling registers, not by measurement; what else
+# may be tried on a GPU: protomem/head/tuning.py.
 TILES = {"bf16": Tiles(128, 128, 128, 64, 8, 3), "fp32": Tiles(64, 64, 64, 32, 8, 2)}
+# With sub-centres: n identities. Besides the sums, registers hold the largest so far and which it was.
+CENTER_TILES = {"bf16": Tiles(128, 64, 128, 64, 8, 3), "fp32": Tiles(64, 64, 64, 32, 8, 2)}
 INTERPRETED = Tiles(16, 16, 16, 16, 1, 1)
+
+
+def default_tiles(precision: str, centers: int = 1) -> Tiles:
+    return (TILES if centers == 1 else CENTER_TILES)[precision]
 
 
 def check(device: torch.device | str | None = None) -> None:
@@ -86,41 +104,47 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     kernel[grid](*args, **constants)
 
 
-def chunk_rows(batch: int, size: int, tile: int) -> int:
-    """Rows of a chunk, see above; at least eight tiles."""
-    return max(8 * tile, L2_BYTES // 2 // (batch + size) // tile * tile)
+def chunk_rows(batch: int, size: int, tile: int, centers: int = 1) -> int:
+    """Rows of a chunk, see above; at least eight tiles of `tile` identities."""
+    each = 2 * batch + 2 * centers * size + (batch if centers > 1 else 0)
+    return centers * max(8 * tile, L2_BYTES // each // tile * tile)
 
 
 class _Chunks:
     """What the passes of one call share: the cut into chunks, and a chunk's kernels."""
 
-    def __init__(self, x: torch.Tensor, columns: Columns, scale: float, filter_above: float | None, half: bool, block: int):
-        self.rows, self.make = kernels.load()
+    def __init__(self, x, columns: Columns, scale: float, filter_above: float | None, half: bool, block: int, tiles=None):
+        self.rows, self.make, self.updates = kernels.load()
         self.columns, self.scale, self.filter_above, self.half = columns, scale, filter_above, half
-        self.emulated = kernels.interpreted()
-        self.tiles = INTERPRETED if self.emulated else TILES["bf16" if half else "fp32"]
+        self.emulated, many = kernels.interpreted(), columns.centers
+        self.tiles = tiles or (INTERPRETED if self.emulated else default_tiles("bf16" if half else "fp32", many))
+        self.centers = many
         (self.b, self.d), self.c = x.shape, len(columns.rows)
-        n = self.tiles.n
-        self.k = min(-(-(block or chunk_rows(self.b, self.d, n)) // n) * n, -(-self.c // n) * n)
+        n = self.tiles.n * many  # rows of a tile
+        self.k = min(-(-(block or chunk_rows(self.b, self.d, self.tiles.n, many)) // n) * n, -(-self.c // n) * n)
         self.t = self.k // n
         self.starts = range(0, self.c, self.k) if self.c else ()
         self.dtype = torch.bfloat16 if half else torch.float32
         self.x = x.detach().to(self.dtype).contiguous()
         self.width = 1 << (self.d - 1).bit_length()
-        self.target = columns.target.contiguous()
+        self.target = (columns.target if many == 1 else columns.target // many).contiguous()  # -1 stays -1
         self.valid = None if columns.valid is None else columns.valid.contiguous().view(torch.uint8)
         mixed = columns.injection is not None
         self.copied = mixed or columns.rows.dtype != self.dtype
         self.operand = x.new_empty(self.k, self.d, dtype=self.dtype) if self.copied else None
         self.options = dict(num_warps=self.tiles.warps, num_stages=self.tiles.stages)
-        self.product = dict(HALF=half, EMULATE=self.emulated, **self.options)
+        self.product = dict(CENTERS=many, HALF=half, EMULATE=self.emulated, **self.options)
 
     def bytes_kept(self) -> int:
-        """Of one chunk's exponentials and maxima."""
-        return self.b * (self.k * self.dtype.itemsize + 4 * self.t)
+        """Of one chunk's exponentials, with sub-centres which was the nearest, and maxima."""
+        return self.b * (self.k // self.centers * (self.dtype.itemsize + (self.centers > 1)) + 4 * self.t)
 
-    def exps(self, chunks: int) -> torch.Tensor:
-        return self.x.new_empty(chunks, self.b, self.k)
+    def exps(self, chunks: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Of each chunk (exponentials [B, K / centers], which sub-centre was the nearest, int8, None where there is one)."""
+        shape = chunks, self.b, self.k // self.centers
+        values = self.x.new_empty(shape)
+        winners = self.x.new_empty(shape, dtype=torch.int8) if self.centers > 1 else [None] * chunks
+        return list(zip(values, winners))
 
     def per_tile(self, *chunks: int, dtype=torch.float32) -> torch.Tensor:
         return self.x.new_empty(*chunks, self.t, self.b, dtype=dtype)
@@ -128,7 +152,7 @@ class _Chunks:
     def span(self, start: int) -> tuple[int, int, int]:
         """(first row, end, tiles) of the chunk that starts there."""
         stop = min(start + self.k, self.c)
-        return start, stop, -(-(stop - start) // self.tiles.n)
+        return start, stop, -(-(stop - start) // (self.tiles.n * self.centers))
 
     def _mixing(self, start: int, stop: int):
         """(features, place, shares) of rows start:stop for the kernels, None without injection."""
@@ -154,18 +178,19 @@ class _Chunks:
         return self.operand if self.copied else rows
 
     def logits(self, start, v, inverse, threshold, exps, top, total, share=None, best=None, best_at=None) -> None:
-        """The statistics [T, B] of the chunk, and exps [B, K]; see the kernel."""
+        """The statistics [T, B] of the chunk, and what `exps` says; see the kernel. From here on identities are counted."""
         start, stop, t = self.span(start)
-        tiles = self.tiles
+        tiles, many = self.tiles, self.centers
         valid = None if self.valid is None else self.valid[start:stop]
-        tensors = (self.x, v, inverse[start:stop], self.target, valid, threshold, exps, top, total, share, best, best_at)
-        numbers = (self.scale, self.filter_above, start, self.b, stop - start, self.d, self.k)
+        kept = exps or (None, None)
+        tensors = (self.x, v, inverse[start:stop], self.target, valid, threshold, *kept, top, total, share, best, best_at)
+        numbers = (self.scale, self.filter_above, start // many, self.b, (stop - start) // many, self.d, self.k // many)
         grid = (-(-self.b // tiles.m), t)
         launch(self.make.logits, grid, *tensors, *numbers, BM=tiles.m, BN=tiles.n, BK=tiles.k, **self.product)
 
     def merge(self, start: int, tops, sums, shares, bests, ats, top, total, share, rescale, best, best_at) -> None:
         start, _, t = self.span(start)
-        args = (tops, sums, shares, bests, ats, top, total, share, rescale, best, best_at, start, self.b, t)
+        args = (tops, sums, shares, bests, ats, top, total, share, rescale, best, best_at, start // self.centers, self.b, t)
         width = 1 << (t - 1).bit_length()
         each = max(1, min(64, 4096 // width)) if not self.emulated else 16
         launch(self.rows.merge, (-(-self.b // each),), *args, R=each, WIDTH=width)
@@ -181,35 +206,43 @@ class _Chunks:
     def add_dx(self, start, exps, v, inverse, tops, top, rescale, out) -> None:
         """out [S, B, D]"""
         start, stop, t = self.span(start)
-        tiles, splits = self.tiles, len(out)
-        args = (exps, v, inverse[start:stop], tops, top, rescale, out, self.b, stop - start, self.d, self.k, t, splits)
+        tiles, splits, many = self.tiles, len(out), self.centers
+        numbers = (self.b, (stop - start) // many, self.d, self.k // many, t, splits)
+        args = (*exps, v, inverse[start:stop], tops, top, rescale, out, *numbers)
         grid = (-(-self.b // tiles.m), -(-self.d // tiles.d), splits)
         launch(self.make.add_dx, grid, *args, BM=tiles.m, BN=tiles.n, BK=tiles.k, BD=tiles.d, **self.product)
 
-    def row_grads(self, start, exps, inverse, tops, level, weight, room: torch.Tensor | None, out) -> None:
-        """The chunk's gradient, into out [K, D] (or added to it). room [K, D] fp32 is needed unless rows are unit and have no
-        features."""
+    def row_grads(self, start, exps, inverse, tops, level, weight, room) -> None:
+        """Of the chunk's negatives, into room [K, D] fp32; `finish` has to follow."""
         start, stop, t = self.span(start)
-        tiles, columns, k = self.tiles, self.columns, stop - start
-        add = not columns.sink.fresh
-        first = out if room is None else room
-        args = (exps, self.x, inverse[start:stop], tops, level, weight, first, self.b, k, self.d, self.k)
-        more = dict(ADD=add and room is None, BM=tiles.k, BN=tiles.n, BD=tiles.d, **self.product)
-        launch(self.make.row_grads, (t, -(-self.d // tiles.d)), *args, **more)
-        if room is not None:
-            grid, constants = self._by_row(k)
-            args = (room, columns.rows[start:stop], *self._mixing(start, stop), inverse[start:stop], out, k, self.d)
-            launch(self.rows.finish, grid, *args, ADD=add, **constants)
+        tiles, many = self.tiles, self.centers
+        numbers = (self.b, (stop - start) // many, self.d, self.k // many)
+        args = (*exps, self.x, inverse[start:stop], tops, level, weight, room, *numbers)
+        more = dict(BM=tiles.k, BN=tiles.n, BD=tiles.d, **self.product)
+        launch(self.make.row_grads, (t, -(-self.d // tiles.d), many), *args, **more)
+
+    def finish(self, start, room, inverse, x, pull, order, first, out=None, update=None) -> None:
+        """The gradient of the chunk's rows, from room: into out [K, D] (or added to it), or used up in the rows' update.
+        x [B, D] fp32, pull, order [B], first [C + 1]: see `gradient` in protomem/head/kernels/rows.py."""
+        start, stop, _ = self.span(start)
+        columns, (grid, constants) = self.columns, self._by_row(stop - start)
+        args = (room, columns.rows[start:stop], *self._mixing(start, stop), inverse[start:stop])
+        args += (x, pull, order, first[start : stop + 1])
+        if update is None:
+            launch(self.rows.finish, grid, *args, out, stop - start, self.d, ADD=not columns.sink.fresh, **constants)
+        else:
+            name, its, more = update.kernel(start, stop, self.d)
+            launch(getattr(self.updates, name), grid, *args, *its, stop - start, self.d, **more, **constants)
 
 
 class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, own, live, columns: Columns, scale, negatives, operands, block, store, wants, threshold):
+    def forward(ctx, x, own, live, columns: Columns, scale, negatives, operands, cut, store, wants, threshold):
         wants_dx, wants_dw = wants
         filter_above = None if negatives is None else negatives.filter_above
-        chunks = _Chunks(x, columns, float(scale), filter_above, operands.half, block)
+        chunks = _Chunks(x, columns, float(scale), filter_above, operands.half, *cut)
         b, c = chunks.b, chunks.c
-        plain, mine = own_prototypes(x, own, columns)
+        _, mine = own_prototypes(x, own, columns)
         own_cos = (x * mine).sum(1)
         inverse = x.new_ones(c)
         kept_count = min(len(chunks.starts), store // max(1, chunks.bytes_kept())) if wants_dw else 0
@@ -247,12 +280,12 @@ class _Head(torch.autograd.Function):
         ctx.columns, ctx.chunks, ctx.negatives, ctx.operands = columns, chunks, negatives, operands
         ctx.kept, ctx.kept_top, ctx.unified, ctx.has_own = kept, kept_top, not softmax, own is not None
         ctx.has_live, ctx.wants_dw = live is not None, wants_dw
-        ctx.save_for_backward(x, mine, cos_y, level, inverse, plain, top, share, None if dx is None else dx.sum(0))
+        ctx.save_for_backward(x, mine, cos_y, level, inverse, top, share, None if dx is None else dx.sum(0))
         return cos_y, out
 
     @staticmethod
     def backward(ctx, g_cos, g_out):
-        x, mine, cos_y, level, inverse, plain, top, share, dx_sum = ctx.saved_tensors
+        x, mine, cos_y, level, inverse, top, share, dx_sum = ctx.saved_tensors
         columns, chunks, scale = ctx.columns, ctx.chunks, ctx.chunks.scale
         threshold = level if ctx.unified else None
         # Without a negative anywhere lse is -inf and every exponential 0.
@@ -262,71 +295,19 @@ class _Head(torch.autograd.Function):
         if dx_sum is not None:
             dx += dx_sum * (weight * (top - level).exp())[:, None]
         d_own, g_row = own_gradients(x, g_cos, columns, ctx.has_own)
-        d_live = _live_gradient(ctx, x, cos_y, level, threshold, weight, g_row) if ctx.has_live else None
+        d_live = live_gradient(ctx, x, cos_y, level, threshold, weight, g_row) if ctx.has_live else None
         if ctx.wants_dw:
 
-            def fill_sink():
+            def later():
                 columns.sink.once()
                 if chunks.c:
-                    to_targets = target_gradients(x, g_row, cos_y, mine, plain, inverse, columns)
-                    _fill_sink(ctx, inverse, level, threshold, weight, to_targets)
+                    fill_sink(ctx, x, g_row, inverse, level, threshold, weight)
                 columns.sink.fresh = False
                 ctx.kept = ctx.kept_top = None
 
-            distributed.put_off(fill_sink)
+            distributed.put_off(later)
         d_threshold = -(g_out * share).sum()[None] if ctx.unified else None
         return dx, d_own, d_live, None, None, None, None, None, None, None, d_threshold
-
-
-def _fill_sink(ctx, inverse, level, threshold, weight, to_targets) -> None:
-    """All gradients of the rows into the shard's buffer, chunk by chunk, or each chunk's at once into the rows' update."""
-    columns, chunks, softmax = ctx.columns, ctx.chunks, threshold is None
-    update = columns.sink.update
-    own = None if update is None else torch.empty_like(columns.rows[: chunks.k])  # a chunk's gradient
-    kept_count, x = len(ctx.kept), chunks.x
-    room = x.new_empty(chunks.k, chunks.d, dtype=torch.float32) if not columns.unit or columns.injection is not None else None
-    again = kept_count < len(chunks.starts)
-    if again:
-        scratch, tile_top = chunks.exps(1)[0], chunks.per_tile() if softmax else None
-        tile_sum, tile_share = chunks.per_tile(), None if softmax else chunks.per_tile()
-        chunks.operand = x.new_empty(chunks.k, chunks.d) if chunks.copied else None
-    for k, start in enumerate(chunks.starts):
-        if k < kept_count:
-            exps, tops = ctx.kept[k], ctx.kept_top[k] if softmax else None
-        else:
-            exps, tops = scratch, tile_top
-            chunks.logits(start, chunks.operands(start, inverse), inverse, threshold, exps, tops, tile_sum, tile_share)
-        start, stop, _ = chunks.span(start)
-        grad = columns.sink.buffer[start:stop] if update is None else own[: stop - start]
-        chunks.row_grads(start, exps, inverse, tops, level, weight, room, grad)
-        if update is not None:
-            add_to_targets(to_targets, columns, grad, start)
-            update(start, stop, grad)
-    if update is None:
-        add_to_targets(to_targets, columns, columns.sink.buffer)
-    chunks.operand = None
-
-
-def _live_gradient(ctx, x, cos_y, level, threshold, weight, g_row) -> torch.Tensor:
-    """d loss / d live rows [L, D]: B x L logits, in plain torch (L is at most the batch)."""
-    columns, operands, scale = ctx.columns, ctx.operands, ctx.chunks.scale
-    place, target = columns.live.place, columns.target[:, None]
-    row = place.clamp_min(0)
-    p = x.new_zeros(len(x), len(place))
-    if ctx.chunks.c:
-        pair = operands.prepare_logits(x), operands.prepare_logits(columns.rows[row]).t()
-        cos = operands.matmul(*pair, out=x.new_empty(len(x), len(place)))
-        hidden = (target == place) | (place < 0)
-        if columns.valid is not None:
-            hidden |= ~columns.valid[row]
-        value, slope = cos, 1
-        if ctx.negatives is not None:
-            value, slope = ctx.negatives.value(cos, cos_y[:, None]), ctx.negatives.slope(cos, cos_y[:, None])
-        z = (scale * value).masked_fill(hidden, HIDDEN)
-        p = (z - level[:, None]).exp() if threshold is None else (z - threshold).sigmoid()
-        p = p * slope * weight[:, None]
-    p = p + ((target == place) & (place >= 0)) * g_row[:, None]
-    return p.t() @ x
 
 
 def triton_head(
@@ -339,13 +320,16 @@ def triton_head(
     precision: str = "fp32",
     block: int = 0,
     store_mb: float = 16.0,
+    tiles: Tiles | None = None,
 ):
     """(cos_y [B], lse_neg or sum_neg [B]) of unit embeddings x [B, D] fp32; see protomem/head/contract.py.
 
     precision: `fp32` (exact, no TF32), or `bf16` for bf16 operands and exponentials with fp32 sums, target path and softmax
     statistics. block: rows per chunk, rounded up to whole tiles (0: `chunk_rows`). store_mb: MiB of exponentials kept for
     the backward (our default: 16, as for `blocked`; all of them are 2 B C bytes with bf16, 2 GB at B = 1024, C = 1 M, and at
-    this B and D the default keeps none). Raises UserError without a GPU, without Triton, and for negatives without a kernel.
+    this B and D the default keeps none). tiles: of the kernels; None: `default_tiles`.
+
+    Raises UserError without a GPU, without Triton, and for negatives without a kernel.
     """
     check(x.device)
     if negatives is not None and negatives.filter_above is None:
@@ -354,10 +338,11 @@ def triton_head(
         raise ValueError(f"the triton head takes float32 embeddings, not {x.dtype}")
     if not columns.rows.is_contiguous():
         raise ValueError("the triton head takes contiguous rows")
+    columns = resolved(x, columns)
     live = columns.live.rows if columns.live is not None else None
     graphs = any(t is not None and t.requires_grad for t in (x, columns.own, live, threshold))
     keep = torch.is_grad_enabled() and (graphs or columns.sink is not None)
     wants = keep and x.requires_grad, keep and columns.sink is not None
     operands = Operands(precision, x.dtype, x.device)
     store = int(store_mb * 2**20)
-    return _Head.apply(x, columns.own, live, columns, scale, negatives, operands, block, store, wants, threshold)
+    return _Head.apply(x, columns.own, live, columns, scale, negatives, operands, (block, tiles), store, wants, threshold)

@@ -14,12 +14,12 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def load() -> tuple[ModuleType, ModuleType]:
-    """The modules `rows` and `products`. Raises UserError without Triton."""
+def load() -> tuple[ModuleType, ModuleType, ModuleType]:
+    """The modules `rows`, `products` and `updates`. Raises UserError without Triton."""
     try:
         importlib.import_module("triton")
     except ImportError as error:
         raise UserError(
             f"head.backend=triton needs the package triton ({error}): python -m pip install 'triton>=3.6', or use blocked"
         ) from None
-    return tuple(importlib.import_module(f"protomem.head.kernels.{name}") for name in ("rows", "products"))
+    return tuple(importlib.import_module(f"protomem.head.kernels.{name}") for name in ("rows", "products", "updates"))

@@ -65,27 +65,33 @@ def operands(
 
 
 @triton.jit
-def finish(
-    grads, rows, features, place, shares, inverse, out, K, D,
-    UNIT: tl.constexpr, ADD: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """From grads [K, D] = sum_i p_ij x_i / |v_j| to d loss / d w, which is written to or added to out [K, D].
+def gradient(grads, rows, features, place, shares, inverse, x, pull, order, first, k, d, K, D, UNIT: tl.constexpr):
+    """(w, d loss / d w), both [R, D] fp32, of rows k, from grads [K, D] = sum_i p_ij x_i / |v_j|, what the negatives ask for.
 
-    The normalisation takes the part along v out (a rank-one correction per row: sum_i p_ij cos_ij is the product of
-    sum_i p_ij x_i with v / |v|), then mixing, where there is any, the part along w (protomem/head/mixer.py).
+    The batch's own rows: the samples of row j are order[first[j] : first[j + 1]], and each adds pull_i x_i / |v_j|, pull =
+    d loss / d cos_y. Then the normalisation takes the part along v out, of both at once (a rank-one correction of each row:
+    sum_i p_ij cos_ij is the product of sum_i p_ij x_i with v / |v|), and mixing, where there is any, the part along w
+    (protomem/head/mixer.py).
     """
-    k, d = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, WIDTH)
     inside = (k < K)[:, None] & (d < D)[None, :]
     at = k.to(tl.int64)[:, None] * D + d[None, :]
     w = tl.load(rows + at, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(grads + at, mask=inside, other=0.0)
     scale = tl.load(inverse + k, mask=k < K, other=0.0)
+    begin = tl.load(first + k, mask=k < K, other=0)
+    count = tl.load(first + k + 1, mask=k < K, other=0) - begin
+    for n in range(tl.max(count, 0)):
+        i = tl.load(order + begin + n, mask=n < count, other=0).to(tl.int64)
+        factor = tl.load(pull + i, mask=n < count, other=0.0) * scale
+        own = tl.load(x + i[:, None] * D + d[None, :], mask=inside & (n < count)[:, None], other=0.0)
+        g += factor[:, None] * own
     if shares is None:
-        g -= (tl.sum(g * w, 1) * scale * scale)[:, None] * w
+        if not UNIT:
+            g -= (tl.sum(g * w, 1) * scale * scale)[:, None] * w
     else:
         share = tl.load(shares + k, mask=k < K, other=0.0).to(tl.float32)
         if UNIT:
-            unit_w = tl.full((R,), 1.0, tl.float32)
+            unit_w = tl.full(k.shape, 1.0, tl.float32)
         else:
             unit_w = 1 / _length(w)
         v = _mixed(w, unit_w, share, features, place, k, d, inside, D)
@@ -95,6 +101,19 @@ def finish(
         else:
             flat = bent - (tl.sum(bent * w, 1) * unit_w * unit_w)[:, None] * w
             g = tl.where((share > 0)[:, None], flat, bent)
+    return w, g
+
+
+@triton.jit
+def finish(
+    grads, rows, features, place, shares, inverse, x, pull, order, first, out, K, D,
+    UNIT: tl.constexpr, ADD: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """d loss / d w, see `gradient`, is written to or added to out [K, D]."""
+    k, d = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, WIDTH)
+    w, g = gradient(grads, rows, features, place, shares, inverse, x, pull, order, first, k, d, K, D, UNIT)
+    inside = (k < K)[:, None] & (d < D)[None, :]
+    at = k.to(tl.int64)[:, None] * D + d[None, :]
     if ADD:
         g += tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, g.to(out.dtype.element_ty), mask=inside)
