@@ -82,9 +82,9 @@ class DaliDecoder:
         rows = next(self._batches)
         self._pending.append(rows)
         window, resampled = windows(np.array(rows.sizes), rows.params.get("crop"), self._size)
-        start, extent = window[:, 1::-1].astype(np.float32), window[:, :1:-1]  # y, x and height, width
         encoded = TensorListCPU([TensorCPU(data) for data in rows.encoded], contiguous=False)  # half the cost of arrays
-        fed = [encoded, resampled, start, start + extent.astype(np.float32)]
+        corner, extent = np.ascontiguousarray(window[:, 1::-1]), np.ascontiguousarray(window[:, :1:-1])  # y, x; height, width
+        fed = [encoded, resampled, corner, extent]
         for change in self._changes:
             fed += _FEEDS[change][0](rows.params[change], self._size)
         return fed
@@ -92,7 +92,7 @@ class DaliDecoder:
     def _build(self):
         from nvidia.dali import fn, pipeline_def, types
 
-        inputs = ["UINT8 1", "BOOL 0", "FLOAT 1", "FLOAT 1"]
+        inputs = ["UINT8 1", "BOOL 0", "INT32 1", "INT32 1"]
         given = {}  # change -> which of the outputs of the source are its own
         for change in self._changes:
             given[change] = slice(len(inputs), len(inputs) + len(_FEEDS[change][1]))
@@ -104,7 +104,7 @@ class DaliDecoder:
         @pipeline_def(enable_conditionals=True)
         def graph():
             fed = fn.external_source(source=self._feed, num_outputs=len(ndims), batch=True, dtype=dtypes, ndim=ndims)
-            encoded, resampled, start, end = fed[:4]
+            encoded, resampled, corner, extent = fed[:4]
             images = fn.decoders.image(
                 encoded,
                 device="mixed" if on_gpu else "cpu",
@@ -112,8 +112,9 @@ class DaliDecoder:
                 adjust_orientation=False,  # as libjpeg and Pillow leave it
                 jpeg_fancy_upsampling=True,  # on the GPU: the CPU's smooth chroma
             )
-            if resampled:  # a pixel at the edge of the window also sees what lies beyond it; fn.slice would cost more
-                images = fn.resize(images, size=[size, size], roi_start=start, roi_end=end)
+            if resampled:  # fn.resize's own window is hardly cheaper, and pixels beyond it bleed into its edge
+                images = fn.slice(images, start=corner, shape=extent, axis_names="HW")
+                images = fn.resize(images, size=[size, size])
             if "flip" in given:
                 images = fn.flip(images, horizontal=fed[given["flip"]][0], vertical=0)
             if "low" in given:
