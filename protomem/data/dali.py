@@ -2,7 +2,8 @@
 
 The order is ours: DALI is fed encoded images and per-row parameters and draws nothing itself, so it has no state worth
 a checkpoint. Changes that touch few rows run conditionally, on those rows only: on the CPU an idle resize or colour
-change costs more than the decoding.
+change costs more than the decoding. Each operator costs bookkeeping per row, so the graph computes no parameter that
+numpy can hand over ready made.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Iterable, Iterator
 import numpy as np
 import torch
 
-from protomem.data.augment import GREY, windows
+from protomem.data.augment import CONTRAST_CENTRE, GREY, windows
 from protomem.data.decode import CorruptImage, Rows, decode_tolerant
 from protomem.errors import UserError
 
@@ -76,30 +77,34 @@ class DaliDecoder:
 
     def _feed(self):
         """DALI asks for the next batch, ahead of the consumer; StopIteration is how it learns of the end."""
+        from nvidia.dali.tensors import TensorCPU, TensorListCPU
+
         rows = next(self._batches)
         self._pending.append(rows)
         window, resampled = windows(np.array(rows.sizes), rows.params.get("crop"), self._size)
-        return (
-            [np.frombuffer(data, np.uint8) for data in rows.encoded],
-            np.ascontiguousarray(window[:, 1::-1]),  # y, x
-            np.ascontiguousarray(window[:, :1:-1]),  # height, width
-            resampled,
-            *(_FEEDS[change][0](rows.params[change]) for change in self._changes),
-        )
+        encoded = TensorListCPU([TensorCPU(data) for data in rows.encoded], contiguous=False)  # half the cost of arrays
+        corner, extent = np.ascontiguousarray(window[:, 1::-1]), np.ascontiguousarray(window[:, :1:-1])  # y, x; height, width
+        fed = [encoded, resampled, corner, extent]
+        for change in self._changes:
+            fed += _FEEDS[change][0](rows.params[change], self._size)
+        return fed
 
     def _build(self):
         from nvidia.dali import fn, pipeline_def, types
 
-        feeds = [_FEEDS[change] for change in self._changes]
-        dtypes = [types.UINT8, types.INT32, types.INT32, types.BOOL, *(getattr(types, feed[1]) for feed in feeds)]
-        ndims = [1, 1, 1, 0, *(feed[2] for feed in feeds)]
-        on_gpu, size, changes = self._device.type == "cuda", self._size, self._changes
+        inputs = ["UINT8 1", "BOOL 0", "INT32 1", "INT32 1"]
+        given = {}  # change -> which of the outputs of the source are its own
+        for change in self._changes:
+            given[change] = slice(len(inputs), len(inputs) + len(_FEEDS[change][1]))
+            inputs += _FEEDS[change][1]
+        dtypes = [getattr(types, name.split()[0]) for name in inputs]
+        ndims = [int(name.split()[1]) for name in inputs]
+        on_gpu, size = self._device.type == "cuda", self._size
 
         @pipeline_def(enable_conditionals=True)
         def graph():
             fed = fn.external_source(source=self._feed, num_outputs=len(ndims), batch=True, dtype=dtypes, ndim=ndims)
-            encoded, corner, extent, resampled = fed[:4]
-            given = dict(zip(changes, fed[4:]))
+            encoded, resampled, corner, extent = fed[:4]
             images = fn.decoders.image(
                 encoded,
                 device="mixed" if on_gpu else "cpu",
@@ -107,21 +112,25 @@ class DaliDecoder:
                 adjust_orientation=False,  # as libjpeg and Pillow leave it
                 jpeg_fancy_upsampling=True,  # on the GPU: the CPU's smooth chroma
             )
-            if resampled:
+            if resampled:  # fn.resize's own window is hardly cheaper, and pixels beyond it bleed into its edge
                 images = fn.slice(images, start=corner, shape=extent, axis_names="HW")
                 images = fn.resize(images, size=[size, size])
-            if "flip" in changes:
-                images = fn.flip(images, horizontal=given["flip"], vertical=0)
-            if "low" in changes:
-                if given["low"] < size:
-                    low = fn.cast(fn.stack(given["low"], given["low"]), dtype=types.FLOAT)
+            if "flip" in given:
+                images = fn.flip(images, horizontal=fed[given["flip"]][0], vertical=0)
+            if "low" in given:
+                shrunk, low = fed[given["low"]]
+                if shrunk:
                     images = fn.resize(fn.resize(images, size=low), size=[size, size])
-            if "colour" in changes:
-                colour = given["colour"]
-                if fn.reductions.max(fn.cast(colour != 1.0, dtype=types.INT32)) > 0:
-                    images = fn.color_twist(images, brightness=colour[0], contrast=colour[1], saturation=colour[2])
-            if "occlusion" in changes:
-                corner, extent = given["occlusion"][:2], given["occlusion"][2:]
+            if "colour" in given:
+                recoloured, of_image, of_grey, shift = fed[given["colour"]]
+                if recoloured:  # fn.color_twist rounds floats, which costs four times as much on the CPU
+                    grey = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
+                    grey = fn.color_space_conversion(grey, image_type=types.GRAY, output_type=types.RGB)
+                    images = fn.brightness_contrast(images, brightness=of_image, dtype=types.INT16)
+                    images += fn.brightness_contrast(grey, brightness=of_grey, brightness_shift=shift, dtype=types.INT16)
+                    images = fn.cast(images, dtype=types.UINT8)
+            if "occlusion" in given:
+                corner, extent = fed[given["occlusion"]]
                 images = fn.erase(images, anchor=corner, shape=extent, axis_names="WH", fill_value=GREY)
             return images
 
@@ -138,12 +147,34 @@ class DaliDecoder:
         self._pipeline = None
 
 
-# change -> how its parameters are handed over, DALI's name of the type, dimensions per row
+def _flip(flip: np.ndarray, size: int) -> list[np.ndarray]:
+    return [flip.astype(np.int32)]
+
+
+def _low(low: np.ndarray, size: int) -> list[np.ndarray]:
+    return [low < size, np.stack([low, low], axis=1).astype(np.float32)]
+
+
+def _colour(colour: np.ndarray, size: int) -> list[np.ndarray]:
+    """Which rows change, and the change as factor * image + factor * its luma + shift (see augment.py), the shift in parts
+    of the largest int16."""
+    brightness, contrast, saturation = colour.T
+    gain = brightness * contrast
+    shift = brightness * (1 - contrast) * np.float32(CONTRAST_CENTRE / 32767)
+    return [(colour != 1).any(axis=1), gain * saturation, gain * (1 - saturation), shift]
+
+
+def _occlusion(box: np.ndarray, size: int) -> list[np.ndarray]:
+    corner, extent = np.split(box.astype(np.float32), 2, axis=1)
+    return [np.ascontiguousarray(corner), np.ascontiguousarray(extent)]
+
+
+# change -> its parameters as the graph takes them, and DALI's type and the dimensions per row of each
 _FEEDS = {
-    "flip": (lambda flip: flip.astype(np.int32), "INT32", 0),
-    "low": (lambda low: low, "INT32", 0),
-    "colour": (lambda colour: colour, "FLOAT", 1),
-    "occlusion": (lambda box: box.astype(np.float32), "FLOAT", 1),
+    "flip": (_flip, ["INT32 0"]),
+    "low": (_low, ["BOOL 0", "FLOAT 1"]),
+    "colour": (_colour, ["BOOL 0", "FLOAT 0", "FLOAT 0", "FLOAT 0"]),
+    "occlusion": (_occlusion, ["FLOAT 1", "FLOAT 1"]),
 }
 
 
