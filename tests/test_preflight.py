@@ -82,13 +82,23 @@ def test_a_healthy_cluster_passes_and_nothing_is_left(tmp_path, world):
     assert found["disk"]["checkpoints"] == 3 and found["data"]["data.train"]["images"] == 80
 
 
+def test_a_rank_that_is_slow_to_leave_finds_the_others(tmp_path):
+    """The main rank has the store: once it saw that all had come to the end, it left, and who asked later failed."""
+
+    def fault(rank):
+        if rank == 1:
+            ranks.time = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: time.sleep(0.2))
+
+    assert check(tmp_path, 2, fault)[0] == 0
+
+
 def other_facts(rank):
     original = facts.of_this_rank
 
     def changed(context, settings, error):
         found = original(context, settings, error)
         if rank == 3:
-            found["versions"] |= {"torch": "2.11.0", "driver": "570.1"}
+            found["versions"] |= {"torch": "1.0", "driver": "570.1"}
         if rank == 1:
             found |= {"source": "other", "config": "other"}
             found["device"] |= {"memory": 1e9}
