@@ -38,7 +38,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a blo
 
 
 @needs_triton
-@pytest.mark.skipif(OLD_INTERPRETER, reason="Triton's interpreter before 3.7 needs numpy<2.4: python -m pip install 'numpy<2.4'")
+@pytest.mark.skipif(OLD_INTERPRETER, reason="this interpreter needs another NumPy: python -m pip install 'numpy<2.4'")
 def test_numbers_by_the_interpreter():
     """tests/triton_interpreted.py: the dense head's loss and gradients, on one rank and on two."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
