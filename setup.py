@@ -43,7 +43,7 @@ setup(
     extras_require={
         "cuda13": ["nvidia-dali-cuda130>=2.0"],
         "cuda12": ["nvidia-dali-cuda120>=2.0"],
-        "kernels": ["triton>=3.6; platform_system == 'Linux'"],
+        "kernels": ["triton>=3.5; platform_system == 'Linux'"],
         "wandb": ["wandb>=0.18"],
         "tensorboard": ["tensorboard>=2.17"],
         "dev": [
@@ -52,7 +52,7 @@ setup(
             "hypothesis>=6",
             "wandb>=0.18",
             "tensorboard>=2.17",
-            "triton>=3.6; platform_system == 'Linux'",
+            "triton>=3.5; platform_system == 'Linux'",
         ],
     },
     entry_points={"console_scripts": ["protomem=protomem.cli:main"]},

@@ -82,13 +82,27 @@ def test_a_healthy_cluster_passes_and_nothing_is_left(tmp_path, world):
     assert found["disk"]["checkpoints"] == 3 and found["data"]["data.train"]["images"] == 80
 
 
+def test_a_rank_that_is_slow_to_leave_finds_the_others(tmp_path):
+    """The main rank has the store: once it saw that all had come to the end, it left, and who asked later failed."""
+
+    def fault(rank):
+        def late(store, name, *arguments):
+            if name == "end" and rank == 1:
+                ranks.time = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: time.sleep(1.5))
+            original(store, name, *arguments)
+
+        original, ranks.roll_call = ranks.roll_call, late
+
+    assert check(tmp_path, 2, fault)[0] == 0
+
+
 def other_facts(rank):
     original = facts.of_this_rank
 
     def changed(context, settings, error):
         found = original(context, settings, error)
         if rank == 3:
-            found["versions"] |= {"torch": "2.11.0", "driver": "570.1"}
+            found["versions"] |= {"torch": "1.0", "driver": "570.1"}
         if rank == 1:
             found |= {"source": "other", "config": "other"}
             found["device"] |= {"memory": 1e9}
@@ -148,7 +162,7 @@ def test_every_fault_is_told_by_host_and_rank(tmp_path):
     expected += [("clock", *node1), ("data", [2], ["node1"]), ("slow rank", [2], ["node1"]), ("slow link", *node1)]
     assert code == 1 and not found["passed"] and told(found) == expected
     text = {p["check"]: p["text"] for p in reversed(found["problems"])}
-    assert text["versions"].startswith("torch is 2.11.0 on node1 (rank 3), ") and "bf16" in text["slow rank"]
+    assert text["versions"].startswith("torch is 1.0 on node1 (rank 3), ") and "bf16" in text["slow rank"]
     assert "images 82" in text["data"] and "node1 (rank 2) – node1 (rank 3) has" in text["slow link"]
     clock = found["clocks"]["node1"]
     assert abs(clock["offset_s"] + 7) <= clock["error_s"] < 1 and found["clocks"]["node0"] == {"offset_s": 0, "error_s": 0}

@@ -21,7 +21,8 @@ from protomem.encoder.base import Encoder
 from protomem.schema import Config
 
 IMAGES = 10007  # of the pass: a prime, and no dimension of a weight
-RANDOM = {"normal_", "uniform_", "trunc_normal_", "erfinv_", "zeros_", "ones_", "fill_", "zero_"}  # values are not wanted
+# Values that are not wanted.
+RANDOM = {"normal_", "uniform_", "kaiming_uniform_", "trunc_normal_", "erfinv_", "zeros_", "ones_", "fill_", "zero_"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # What autocast runs in half precision and what in fp32: torch's lists for each kind of device, as far as encoders use them.
 LOWER = {

@@ -50,7 +50,7 @@ def preflight(
             if output is not None:
                 output.mkdir(parents=True, exist_ok=True)
                 replace_file(output / "preflight.json", json.dumps(found, indent=1).encode())
-        watch.meet("end")  # nobody leaves before the report is out: a launcher ends the others with the first that fails
+        watch.leave()  # nobody leaves before the report is out: a launcher ends the others with the first that fails
         return 0 if found["passed"] else 1
     finally:
         distributed.shutdown()

@@ -124,6 +124,14 @@ class Watch:
         roll_call(self.store, name, self.rank, self.world, self.timeout_s)
         self.at(name)
 
+    def leave(self) -> None:
+        """The end, at which all ranks meet. The main rank, with which the store may end, goes last."""
+        self.meet("end")
+        self.store.add("gone", 1)
+        end = time.monotonic() + self.timeout_s
+        while self.rank == 0 and self.store.add("gone", 0) < self.world and time.monotonic() < end:
+            time.sleep(0.002)
+
     def gather(self, value) -> list:
         """One small value per rank -> the list of all, on every rank; over the store."""
         self.gathered += 1

@@ -20,6 +20,6 @@ def load() -> tuple[ModuleType, ModuleType, ModuleType]:
         importlib.import_module("triton")
     except ImportError as error:
         raise UserError(
-            f"head.backend=triton needs the package triton ({error}): python -m pip install 'triton>=3.6', or use blocked"
+            f"head.backend=triton needs the package triton ({error}): python -m pip install 'triton>=3.5', or use blocked"
         ) from None
     return tuple(importlib.import_module(f"protomem.head.kernels.{name}") for name in ("rows", "products", "updates"))
