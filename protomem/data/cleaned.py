@@ -131,21 +131,21 @@ def _sheet(records, found, dropped: np.ndarray, limit: float):
     labels = np.asarray(records.labels)
     sides = (_one_of_each(order[::-1], labels), _one_of_each(order, labels))
     columns, rows = 2 * (_BESIDE + 1) + 1, max(map(len, sides))
-    figure, axes = new_figure(columns, rows, size=(columns * 1.05, rows * 1.3 + 0.5), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
+    figure, axis = new_figure(size=(columns, 1.25 * rows + 0.4))
+    axis.axis("off")
     for side, chosen in enumerate(sides):
-        for row, position in zip(axes[:, side * (_BESIDE + 2) :], chosen):
+        for row, position in enumerate(chosen):
             label = labels[position]
-            row[0].set_title(f"{label}: {found.angle[position]:.0f}°", color=IMPOSTOR, loc="center", fontsize=8)
             own = np.flatnonzero((labels == label) & found.keep)
             own = own[np.argsort(found.angle[own], kind="stable")][:_BESIDE]
-            for axis, i in zip(row, (position, *own)):
-                axis.imshow(decode_tolerant(records.bytes(int(i))))
-            for axis, i in zip(row[1:], own):
-                axis.set_title(f"{found.angle[i]:.0f}°", loc="center", fontsize=8)
-    text = f"Dropped images (red: identity, angle), kept ones beside. Left: the farthest; right: just above {limit:g}°"
-    figure.suptitle(text, fontsize=9)
+            for column, i in enumerate((position, *own), side * (_BESIDE + 2)):
+                text = {"color": IMPOSTOR, "weight": "bold", "s": f"{label}: "} if i == position else {"s": ""}
+                text["s"] += f"{found.angle[i]:.0f}°"
+                axis.text(column + 0.5, 1.25 * row + 0.2, ha="center", fontsize=8, **text)
+                picture = decode_tolerant(records.bytes(int(i)))
+                axis.imshow(picture, extent=(column + 0.03, column + 0.97, 1.25 * row + 1.2, 1.25 * row + 0.26))
+    axis.set(xlim=(0, columns), ylim=(1.25 * rows, 0))  # imshow sets its own
+    axis.set_title(f"Dropped (red: identity, angle), kept ones beside. Left: the farthest; right: just above {limit:g}°")
     return figure
 
 
