@@ -148,7 +148,7 @@ def clean(
 ) -> None:
     """What `protomem data clean` does. Collective."""
     context = distributed.init(device)
-    temporary, made, located = output.with_name(f".{output.name}.writing"), [], []
+    temporary, made, located = output.parent / f".{output.name}.writing", [], []
     try:
         # One rank looks: the run may be training, and write a newer one meanwhile.
         distributed.main_first(lambda: located.append(state.locate(run)))
@@ -250,7 +250,7 @@ def _told(facts: dict, output: Path, list_only: bool) -> str:
         f"{facts['angle']:g} degrees from their identity's dominant prototype" + (" (list only)" if list_only else "")
     ]
     if facts["unusable"]:
-        lines.append(f"{facts['unusable']:,} images cannot be decoded and were left out")
+        lines.append(f"left out because they cannot be decoded: {facts['unusable']:,} images")
     if facts["emptied"]:
         some = ", ".join(map(str, facts["first_emptied"][:8])) + (", ..." if facts["emptied"] > 8 else "")
         lines.append(f"{facts['emptied']:,} identities have no image left and keep their number: {some}")

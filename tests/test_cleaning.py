@@ -138,6 +138,12 @@ def test_of_equally_frequent_prototypes_the_first_is_dominant():
     assert found.angle.tolist() == [50, 10, 30, 80, 20, 40] and found.keep.tolist() == [False, True, True, False, True, True]
 
 
+def test_unusable_images_do_not_vote():
+    angles, labels = np.array([[50, 10], [0, 0], [0, 0], [0, 0]], np.float32), np.array([0, -1, 0, 99])
+    found = cleaning.judge(angles, np.array([True, False, False, False]), labels, 2, 45)
+    assert found.dominant.tolist() == [1, 0] and found.keep.tolist() == [True, False, False, False]
+
+
 @pytest.mark.parametrize("wrote, read", [(1, 3), (3, 2), (4, 1), (2, 5)])
 def test_every_rank_reads_its_rows(wrote, read, tmp_path):
     def write():
@@ -245,6 +251,7 @@ def test_what_is_there_is_not_overwritten(noisy, tmp_path):
     assert "which is read" in run("clean", folder / "run", tmp_path / "out", "--force", *data, code=2)
     assert "raise --angle" in run("clean", folder / "run", tmp_path / "none", "--angle", 0, code=2)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == ["mine", "out"]
+    assert "exists; --force" in run("clean", folder / "run", ".", code=2)
     (tmp_path / "file").touch()
     assert "cannot be written" in run("clean", folder / "run", tmp_path / "file" / "out", code=2)
 
@@ -277,4 +284,4 @@ def test_errors(noisy, small_set, tmp_path):
             writer.add(b"no image" if i == 5 else records.bytes(i), records.label(i))
     assert "record 5 (" in run("clean", folder / "run", tmp_path / "c", "--data", bad, code=2)
     text = run("clean", folder / "run", tmp_path / "c", "--data", bad, "--skip-corrupt", "--angle", 180)
-    assert "247 of 248 images kept" in text and "1 images cannot be decoded" in text
+    assert "247 of 248 images kept" in text and "cannot be decoded: 1 images" in text
