@@ -59,8 +59,9 @@ def measure(encoder, rows: torch.Tensor, identities: int, records, settings, con
     """(angles [N, K] in degrees, float32, of every image to the prototypes of its identity; usable [N], bool). Collective.
 
     rows [R, K, D]: this rank's. Each rank reads and encodes its part of a batch, gets the features of all, and adds the angles
-    of the images whose identity it owns. batch_size: images of a rank; an image has the same place in the same shape of batch
-    at every world size. An image that cannot be decoded is no longer `usable`, or with skip=False raises UserError.
+    of the images whose identity it owns; rank 0 alone keeps them, the others return zeros. batch_size: images of a rank; an
+    image has the same place in the same shape of batch at every world size, unless all of them fill no batch. An image that
+    cannot be decoded is not usable; with skip=False it raises UserError on every rank.
     """
     world, count, device = context.world_size, len(records), context.device
     batch_size = min(batch_size, -(-count // world))
@@ -97,7 +98,8 @@ def measure(encoder, rows: torch.Tensor, identities: int, records, settings, con
             labels = torch.from_numpy(np.where(sound, records.labels[wanted], -1)).to(device)
             found = distributed.all_reduce(angles_to_rows(x[:, :-1], labels, rows, first))
             if context.is_main:
-                angles[wanted], usable[wanted] = found.cpu().numpy(), sound
+                here = wanted[: count - wanted[0]]  # without what fills up the last batch
+                angles[here], usable[here] = found[: len(here)].cpu().numpy(), sound[: len(here)]
             advance(len(wanted))
     return angles, usable
 
