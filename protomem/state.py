@@ -319,6 +319,23 @@ def load_encoder(path: Path, encoder: torch.nn.Module) -> dict:
     return info
 
 
+def load_rows(path: Path, device: torch.device) -> tuple[torch.Tensor, int]:
+    """(this rank's rows [R, ...] of the learned prototypes, rows of all ranks), whatever world size wrote them. Collective.
+
+    Raises UserError where there are none, as in a run with a prototype memory.
+    """
+    name, alone = "prototypes.weight", distributed.world_size() == 1
+    info, metadata = _read(path, alone)
+    entry = metadata.state_dict_metadata.get(name)
+    if not _size(entry):
+        raise UserError(f"checkpoint {path} holds no prototypes with a row for each identity")
+    total, *shape = entry.size
+    first, last = distributed.shard_bounds(total, distributed.rank(), distributed.world_size())
+    rows = torch.zeros(last - first, *shape, dtype=entry.properties.dtype, device=device)
+    _load(_wrap({name: rows}, total), path, info, metadata, alone)
+    return rows, total
+
+
 def average_statistics(encoder: torch.nn.Module) -> None:
     """Make the BatchNorm statistics of all ranks equal to their mean, as a checkpoint and an evaluation need them."""
     floats = [b for b in encoder.buffers() if b.is_floating_point()]

@@ -250,7 +250,7 @@ def test_pairs_from_a_list(tmp_path):
         assert "--list FILE with --images FOLDER, or --synth" in run("pairs", tmp_path / "b.bin", *options, code=2)
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "index", "pack", "synth", "pairs"])
+@pytest.mark.parametrize("command", ["inspect", "verify", "index", "pack", "clean", "synth", "pairs"])
 def test_help(command):
     text = run(command, "--help")
     assert len(text) > 300 and "[required]" in text

@@ -159,6 +159,44 @@ def pack(
 
 
 @app.command()
+def clean(
+    run: Annotated[
+        Path, typer.Argument(help="A run's output folder (its last checkpoint) or a checkpoint folder.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder for the cleaned set, the list and the pictures.", show_default=False)],
+    data: Annotated[
+        Optional[str], typer.Option(help="Where the run's data are, if no longer at its data.train.", show_default=False)
+    ] = None,
+    angle: Annotated[
+        float, typer.Option(min=0, max=180, help="Degrees above which an image is dropped (75: the paper's).")
+    ] = 75.0,
+    list_only: Annotated[
+        bool, typer.Option("--list-only", help="Write no set: the list, the summary and the pictures alone.")
+    ] = False,
+    skip_corrupt: Annotated[
+        bool, typer.Option("--skip-corrupt", help="Leave unusable images out and count them, as data.on_corrupt=skip does.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what this command has written there.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a rank in one forward pass.")] = 128,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    json: AsJson = False,
+) -> None:
+    """Drop images that are probably labelled wrongly: far from their identity's dominant prototype in a trained run.
+
+    The second stage of Sub-center ArcFace: train with prototypes.sub_centers=3, clean, then train anew on OUTPUT with
+    prototypes.sub_centers=1. The dominant prototype is the one that is nearest to most images of the identity; a run with a
+    single prototype of each will do, too. OUTPUT gets train.rec, train.idx, property (images as they are stored, identities
+    with the same numbers, also those that have no image left), the columns beside the data, dropped.csv, clean.json,
+    angles.png and dropped.png: look at these before you train. 75 degrees suit a fully trained network; --list-only --angle 0
+    lists the angle of every image. Works under torchrun, too.
+    """
+    from protomem import cleaning
+
+    options = dict(data=data, angle=angle, list_only=list_only, skip_corrupt=skip_corrupt, force=force)
+    cleaning.clean(run, output, **options, batch_size=batch_size, device=device, json_output=json)
+
+
+@app.command()
 def synth(
     path: Annotated[Path, typer.Argument(help="Folder for train.rec, train.idx and property.", show_default=False)],
     identities: Annotated[int, typer.Option(min=1, help="Number of people.")] = 600,

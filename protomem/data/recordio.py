@@ -238,13 +238,14 @@ class RecordWriter:
             writer.add(jpeg_bytes, label)
 
     If every identity's images arrive in one run, the set gets the identity header (key 0) and the identity records
-    behind the images (keys 1..N); otherwise it is header-less (keys 0..N-1). `property` is "max label + 1,112,112".
+    behind the images (keys 1..N); otherwise it is header-less (keys 0..N-1). `property` is "max label + 1,112,112", or more
+    identities than that if `classes` says so: the last ones have no image then.
     Labels from 2**24 on, which float32 rounds, are kept exactly in id2 and in `<stem>.labels.npy` (int64).
     The files appear when the block is left without an exception; after an exception nothing is left behind.
     """
 
-    def __init__(self, folder: str | os.PathLike, stem: str = "train"):
-        self.folder, self.stem = Path(folder).expanduser(), stem
+    def __init__(self, folder: str | os.PathLike, stem: str = "train", classes: int = 0):
+        self.folder, self.stem, self.classes = Path(folder).expanduser(), stem, classes
         self._offsets, self._labels = array("q"), array("q")
         self._seen: set[int] = set()
         self._grouped = True
@@ -319,7 +320,7 @@ class RecordWriter:
         if labels.max() >= EXACT:
             np.save(self._new(outputs, self._path(".labels.npy")), labels)
         with open(self._new(outputs, self.folder / "property"), "w") as file:
-            file.write(f"{labels.max() + 1},112,112\n")
+            file.write(f"{max(labels.max() + 1, self.classes)},112,112\n")
         with open(self._new(outputs, self._path(".idx")), "w") as file:
             file.writelines(f"{key}\t{self._offsets[row]}\n" for key, row in enumerate(order))
 
