@@ -16,8 +16,10 @@ Constant rows (a memory without prototype gradients) keep nothing and have no pr
 Backward, for each chunk, if the rows have a gradient:
 
     (operands and logits again, where e was not kept)
-    row_grads  G [K, D] = (e exp(tile's maximum - lse) g_i)^T x / |v_j|     unit rows: straight into the shard's gradient
-    finish     d w = G - (G · v) v / |v|^2, and the features' mixing back ─► the shard's gradient, written or added to
+    row_grads  G [K, D] = (e exp(tile's maximum - lse) g_i)^T x / |v_j|, fp32
+    finish     G + what the batch's own rows get from cos_y; d w = G - (G · v) v / |v|^2, and the features' mixing back
+               ─► the shard's gradient, written or added to. With optimizer.fuse_prototypes the same kernel (finish_sgd,
+               finish_adamw) takes the optimizer's step ─► rows and optimizer state, and no gradient is written
 
 Logits are never stored, and the softmax is exact whatever the scale: exponentials are taken relative to the maximum of their
 own tile of BN classes, so none overflows and what underflows is e^-87 of its tile's largest. No constant shift is needed:
@@ -29,9 +31,11 @@ A chunk at B = 1024, D = 512, K = 8192 (the default there: 2 K (B + D) bytes = 2
     FLOPs   2 B K D = 8.6 G for each of the three products; a fourth where e is computed again
     bytes   of HBM: w 16.8 MB read in the forward; in the backward w 16.8 MB read and d w 16.8 MB written (and read, by a second
             loss term); e 16.8 MB written and 16.8 MB read if it is kept, else w once more;
+            a step of SGD with momentum after that: 83.9 MB (w, d w, momentum read; w, momentum written); inside `finish`: w
+            and momentum read and written, 67.1 MB in all for 117.4 (AdamW: 100.7 for 151.0);
             of L2, besides: v 8.4 MB; e written once and read D / BD = 4 times; partial sums of d x 2.1 MB times their number
             (4 on 132 processors) and G 16.8 MB, both written and read
-Four kernels are launched for a chunk forward and two backward, four where e is computed again. At 10 microseconds a launch
+Four kernels are launched for a chunk forward and two backward, with the step or without; four where e is computed again. At 10 microseconds a launch
 that is not far from the time of the products themselves at this shape: `block` is the first thing to measure.
 benchmarks/kernels.py checks the gradients on a GPU and then measures.
 
