@@ -41,7 +41,7 @@ class DaliDecoder:
             raise UserError(
                 "DALI is not installed: `pip install protomem[cuda13]` (or [cuda12]), or set data.loader=torch"
             )
-        self._rows, self._size, self._changes, self._device = rows, size, sorted(set(changes) - {"crop"}), device
+        self._rows, self._size, self._changes, self._device = rows, size, sorted(changes), device
         self._threads, self._prefetch = threads, max(prefetch, 1)
         self._pipeline = None
         self._batches: Iterator[Rows] = iter(())
@@ -83,16 +83,15 @@ class DaliDecoder:
         self._pending.append(rows)
         window, resampled = windows(np.array(rows.sizes), rows.params.get("crop"), self._size)
         encoded = TensorListCPU([TensorCPU(data) for data in rows.encoded], contiguous=False)  # half the cost of arrays
-        corner, extent = np.ascontiguousarray(window[:, 1::-1]), np.ascontiguousarray(window[:, :1:-1])  # y, x; height, width
-        fed = [encoded, resampled, corner, extent]
+        fed = [encoded, resampled]
         for change in self._changes:
-            fed += _FEEDS[change][0](rows.params[change], self._size)
+            fed += _FEEDS[change][0](window if change == "crop" else rows.params[change], self._size)
         return fed
 
     def _build(self):
         from nvidia.dali import fn, pipeline_def, types
 
-        inputs = ["UINT8 1", "BOOL 0", "INT32 1", "INT32 1"]
+        inputs = ["UINT8 1", "BOOL 0"]
         given = {}  # change -> which of the outputs of the source are its own
         for change in self._changes:
             given[change] = slice(len(inputs), len(inputs) + len(_FEEDS[change][1]))
@@ -104,7 +103,7 @@ class DaliDecoder:
         @pipeline_def(enable_conditionals=True)
         def graph():
             fed = fn.external_source(source=self._feed, num_outputs=len(ndims), batch=True, dtype=dtypes, ndim=ndims)
-            encoded, resampled, corner, extent = fed[:4]
+            encoded, resampled = fed[:2]
             images = fn.decoders.image(
                 encoded,
                 device="mixed" if on_gpu else "cpu",
@@ -112,8 +111,10 @@ class DaliDecoder:
                 adjust_orientation=False,  # as libjpeg and Pillow leave it
                 jpeg_fancy_upsampling=True,  # on the GPU: the CPU's smooth chroma
             )
-            if resampled:  # fn.resize's own window is hardly cheaper, and pixels beyond it bleed into its edge
-                images = fn.slice(images, start=corner, shape=extent, axis_names="HW")
+            if resampled:
+                if "crop" in given:  # fn.resize's own window is hardly cheaper, and pixels beyond it bleed into its edge
+                    corner, extent = fed[given["crop"]]
+                    images = fn.slice(images, start=corner, shape=extent, axis_names="HW")
                 images = fn.resize(images, size=[size, size])
             if "flip" in given:
                 images = fn.flip(images, horizontal=fed[given["flip"]][0], vertical=0)
@@ -147,6 +148,10 @@ class DaliDecoder:
         self._pipeline = None
 
 
+def _crop(window: np.ndarray, size: int) -> list[np.ndarray]:
+    return [np.ascontiguousarray(window[:, 1::-1]), np.ascontiguousarray(window[:, :1:-1])]  # y, x; height, width
+
+
 def _flip(flip: np.ndarray, size: int) -> list[np.ndarray]:
     return [flip.astype(np.int32)]
 
@@ -169,8 +174,9 @@ def _occlusion(box: np.ndarray, size: int) -> list[np.ndarray]:
     return [np.ascontiguousarray(corner), np.ascontiguousarray(extent)]
 
 
-# change -> its parameters as the graph takes them, and DALI's type and the dimensions per row of each
+# change -> its parameters (the windows of a crop) as the graph takes them, and DALI's type and the dimensions per row of each
 _FEEDS = {
+    "crop": (_crop, ["INT32 1", "INT32 1"]),
     "flip": (_flip, ["INT32 0"]),
     "low": (_low, ["BOOL 0", "FLOAT 1"]),
     "colour": (_colour, ["BOOL 0", "FLOAT 0", "FLOAT 0", "FLOAT 0"]),
