@@ -145,8 +145,8 @@ def test_every_candidate_of_the_tuner_fits_and_keeps_its_registers(monkeypatch, 
     for precision, tiles in tried:
         options = dict(precision=precision, store_mb=1e6, tiles=tiles)
         calls.append(((*everything(64, 4000, 512), 64.0, interclass_filter(0.3)), options, 1))
-    launches = {key: l for key, l in recorded(monkeypatch, calls).items() if key[0] in ("logits", "add_dx", "row_grads")}
-    assert len(launches) == 3 * len(tried)
+    launches = {k: launch for k, launch in recorded(monkeypatch, calls).items() if k[0] in ("logits", "add_dx", "row_grads")}
+    assert sum(name == "logits" for name, *_ in launches) == len(tried)  # some share the other two
     for key, launch in launches.items():
         for found in compiled(key, *launch):
             assert spilled(found.asm["cubin"], tmp_path / "cubin") <= SPILLED, key
