@@ -105,7 +105,7 @@ class Run:
         self.tiles = found["record"]
         tiles, block = tuning.choice_of(self.tiles, work)
         self.head = functools.partial(self.head, tiles=tiles, block=block)
-        return {k: self.tiles[k] for k in ("tiles", "block", "ms", "default_ms")} | {"source": found["source"]}
+        return {k: self.tiles.get(k) for k in ("tiles", "block", "ms", "default_ms")} | {"source": found["source"]}
 
     def run(self, stop: StopRequest) -> bool:
         """Train up to the end, or until `stop` was asked for; whether it was the end."""
