@@ -14,7 +14,9 @@ from protomem.elastic import REFUSED
 
 
 def main() -> None:
-    monitor = LocalElasticAgent._monitor_workers
+    monitor = getattr(LocalElasticAgent, "_monitor_workers", None)
+    if monitor is None:  # it is private: a torch that has renamed it starts refused ranks again, as torchrun does
+        return run.main()
 
     def look(agent, *given, **more):
         result = monitor(agent, *given, **more)
