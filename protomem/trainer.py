@@ -110,7 +110,7 @@ class Run:
         self.tiles = found["record"]
         tiles, block = tuning.choice_of(self.tiles, work)
         self.head = functools.partial(self.head, tiles=tiles, block=block)
-        return {k: self.tiles[k] for k in ("tiles", "block", "ms", "default_ms")} | {"source": found["source"]}
+        return {k: self.tiles.get(k) for k in ("tiles", "block", "ms", "default_ms")} | {"source": found["source"]}
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 

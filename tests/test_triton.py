@@ -163,14 +163,14 @@ def spilled(cubin: bytes, path: Path) -> int:
 @needs_triton
 def test_every_candidate_of_the_tuner_fits_and_keeps_its_registers(monkeypatch, tmp_path):
     """The three products, which alone depend on tiles, with all that a head can do. Less than a minute."""
-    tried = [(precision, centers, tiles) for precision in tuning.TRIED for centers in (1, 3) for tiles in tuning.tried(precision, centers)]
+    tried = [(p, centers, tiles) for p in tuning.TRIED for centers in (1, 3) for tiles in tuning.tried(p, centers)]
     calls = []
     for precision, centers, tiles in tried:
         options = dict(precision=precision, store_mb=1e6, tiles=tiles)
         all_of_it = everything(64, 4000, 512) if centers == 1 else tensors(64, 12000, 512, centers=centers, nearest=Nearest())
         calls.append(((*all_of_it, 64.0, interclass_filter(0.3)), options, 1))
-    launches = {key: l for key, l in recorded(monkeypatch, calls).items() if key[0] in ("logits", "add_dx", "row_grads")}
-    assert len(launches) == 3 * len(tried)
+    launches = {k: launch for k, launch in recorded(monkeypatch, calls).items() if k[0] in ("logits", "add_dx", "row_grads")}
+    assert sum(name == "logits" for name, *_ in launches) == len(tried)  # some share the other two
     for key, launch in launches.items():
         for found in compiled(key, *launch):
             assert spilled(found.asm["cubin"], tmp_path / "cubin") <= SPILLED, key
