@@ -173,8 +173,7 @@ def spilled(cubin: bytes, path: Path) -> int:
 @needs_triton
 def test_every_candidate_of_the_tuner_fits_and_keeps_its_registers(monkeypatch, tmp_path):
     """The three products, which alone depend on tiles, with all that a head can do. Less than a minute."""
-    pairs = [(precision, centers) for precision in tuning.TRIED for centers in (1, 3)]
-    tried = [(*pair, tiles) for pair in pairs for tiles in tuning.tried(*pair)]
+    tried = [(p, centers, tiles) for p in tuning.TRIED for centers in (1, 3) for tiles in tuning.tried(p, centers)]
     calls = []
     for precision, centers, tiles in tried:
         options = dict(precision=precision, store_mb=1e6, tiles=tiles)

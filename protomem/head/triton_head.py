@@ -41,7 +41,7 @@ benchmarks/kernels.py checks the gradients on a GPU and then measures.
 
 With sub-centres (`centers` rows for an identity) a tile [BM, BN] is of identities. The logits kernel takes the products with
 their first rows, their second ones and so on, and keeps the largest cosine and which it was in registers: the maxima and sums,
-e [B, K / centers] and with it the winners [B, K / centers], int8, are per identity. add_dx and row_grads take e for the winner
+e [B, K / centers] and with it the winners [B, K / centers] (int8 with bf16 operands, else int32) are per identity. add_dx and row_grads take e for the winner
 and 0 for the other rows, so each product still has the FLOPs of all rows. Chunks are whole identities. At B = 1024, D = 512
 and three sub-centres, bf16 operands, a chunk is K = 12288 rows of 4096 identities (2 B + B + 2 * 3 D bytes each, 24 MiB):
     FLOPs   2 B K D = 12.9 G for each product
@@ -129,6 +129,9 @@ class _Chunks:
         self.t = self.k // n
         self.starts = range(0, self.c, self.k) if self.c else ()
         self.dtype = torch.bfloat16 if half else torch.float32
+        # Triton 3.7 makes TF32 of an exact fp32 product on compute capability 10.0 where an operand was computed from numbers of
+        # less than 32 bits (triton-lang/triton issue 10176).
+        self.winner = torch.int8 if half else torch.int32
         self.x = x.detach().to(self.dtype).contiguous()
         self.width = 1 << (self.d - 1).bit_length()
         self.target = (columns.target if many == 1 else columns.target // many).contiguous()  # -1 stays -1
@@ -141,14 +144,14 @@ class _Chunks:
 
     def bytes_kept(self) -> int:
         """Of one chunk's exponentials, with sub-centres which was the nearest, and maxima."""
-        return self.b * (self.k // self.centers * (self.dtype.itemsize + (self.centers > 1)) + 4 * self.t)
+        each = self.dtype.itemsize + (self.winner.itemsize if self.centers > 1 else 0)
+        return self.b * (self.k // self.centers * each + 4 * self.t)
 
     def exps(self, chunks: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Of each chunk (exponentials [B, K / centers], which sub-centre was the nearest, int8, None where there is one)."""
+        """Of each chunk (exponentials [B, K / centers], which sub-centre was the nearest; None where there is one)."""
         shape = chunks, self.b, self.k // self.centers
-        values = self.x.new_empty(shape)
-        winners = self.x.new_empty(shape, dtype=torch.int8) if self.centers > 1 else [None] * chunks
-        return list(zip(values, winners))
+        winners = self.x.new_empty(shape, dtype=self.winner) if self.centers > 1 else [None] * chunks
+        return list(zip(self.x.new_empty(shape), winners))
 
     def per_tile(self, *chunks: int, dtype=torch.float32) -> torch.Tensor:
         return self.x.new_empty(*chunks, self.t, self.b, dtype=dtype)

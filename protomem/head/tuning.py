@@ -106,7 +106,8 @@ class Work:
 
 def _exponentials(batch: int, rows: int, precision: str, centers: int) -> int:
     """Bytes of all of them, and of what stands beside them."""
-    return batch * (rows // centers) * ((2 if precision == "bf16" else 4) + (centers > 1))
+    one, winner = (2, 1) if precision == "bf16" else (4, 4)
+    return batch * (rows // centers) * (one + (winner if centers > 1 else 0))
 
 
 def tried(precision: str, centers: int) -> list[Tiles]:

@@ -4,7 +4,7 @@ Legend as in protomem/head/triton_head.py. Operands are fp32 (exact, no TF32) or
 interpreter multiplies the bit patterns of bf16 numbers; EMULATE has them made fp32 before, which changes no number.
 
 With CENTERS rows for an identity, j, [K], n and T count identities: v [K * CENTERS, D], |v_j| is that of the row c_ij whose
-cosine to sample i is the largest (of equal ones the first), which alone has a gradient, and winner [B, P] int8 holds c_ij.
+cosine to sample i is the largest (of equal ones the first), which alone has a gradient, and winner [B, P] holds c_ij.
 """
 
 import triton
