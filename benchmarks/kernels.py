@@ -2,12 +2,15 @@
 
     python benchmarks/kernels.py OUT                                     # check, then all shapes: OUT/kernels*.csv
     python benchmarks/kernels.py OUT --identities 1000000 --blocks 0,4096,16384 --repeats 5
+    python benchmarks/kernels.py OUT --only step --optimizer adamw      # the rows' update in three ways
     python benchmarks/kernels.py OUT --check-only
     python benchmarks/kernels.py OUT --tiles-only                        # what head.tune=true times: OUT/kernels_tiles.csv
 
-Variants run in turn, repeat by repeat, in one process; times are CUDA events around forward and backward of the head (no
-optimizer), host_ms is how long the host took to queue both. The floor is the products that cannot be spared (three of
-2 B C D FLOPs, C counting rows; two where the rows have no gradient) at the rate that torch.mm reaches on this card with the same operands.
+Variants run in turn, repeat by repeat, in one process; times are CUDA events around forward and backward of the head, host_ms
+is how long the host took to queue both. No optimizer, but for variants with a step of the rows (--optimizer), which counts as
+backward: after it; inside it by torch, chunk by chunk; inside it in the kernel that finishes a chunk's gradient. The floor is
+the products that cannot be spared (three of 2 B C D FLOPs, C counting rows; two where the rows have no gradient) at the rate
+that torch.mm reaches on this card with the same operands.
 Eager is what one writes first: a normalised copy of the rows, all logits, cross_entropy, autograd.
 """
 
@@ -28,15 +31,27 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import write_csv
+from protomem.block_update import BlockUpdate
 from protomem.head import HEADS, Columns, GradSink, Injection, Negatives, objective, tuning
 from protomem.head.tuning import WARM_UP, milliseconds
 from protomem.objective.margins import interclass_filter
+from protomem.optim import build_optimizer
 
 SCALE, MARGIN = 64.0, 0.4
 ALL = 1e9  # MiB: keep the exponentials, or logits, of all chunks
 # Learned rows; constant unit rows; features in 4 % of learned rows; three learned rows for each identity.
 KINDS = ("classifier", "memory", "vpl", "sub-centres")
 COVERAGE = 0.04
+RATES = dict(lr=0.1, weight_decay=5e-4)
+
+
+class ByTorch(BlockUpdate):
+    """Gets every chunk's gradient, and steps the chunk with torch's fused kernel."""
+
+    fused = False
+
+
+INSIDE = {"step by torch": ByTorch, "step in the kernel": BlockUpdate}
 
 
 def centers_of(kind: str) -> int:
@@ -62,6 +77,14 @@ class Problem:
             weight = 0.15 * (torch.rand(identities, generator=g, device=device) < COVERAGE)
             self.injection = Injection(features, None, weight)
 
+    def optimize(self, name: str, **options) -> None:
+        """Give the rows an optimizer."""
+        self.rows = torch.nn.Parameter(self.rows)
+        self.optimizer = build_optimizer([{"params": [self.rows]}], name, **RATES, **options)
+
+    def step_inside(self, how: str | None) -> None:
+        self.sink.update = INSIDE[how](self.optimizer, self.rows) if how in INSIDE else None
+
     def double(self) -> Problem:
         """The same numbers in float64."""
         other = copy.copy(self)
@@ -73,9 +96,10 @@ class Problem:
 
     def columns(self) -> Columns:
         if self.sink is not None:
-            self.sink.begin(self.rows)
+            self.sink.begin(self.rows.detach())
         unit = self.kind == "memory"
-        return Columns(self.rows, self.target, self.sink, unit=unit, injection=self.injection, centers=self.centers)
+        rows = self.rows.detach()
+        return Columns(rows, self.target, self.sink, unit=unit, injection=self.injection, centers=self.centers)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         return {"dx": self.x.grad} | ({"rows": self.sink.buffer} if self.sink is not None else {})
@@ -85,6 +109,14 @@ def by_head(head: str, problem: Problem, negatives: Negatives | None = None, thr
     cos_y, out = HEADS[head](problem.x, problem.columns(), SCALE, negatives, threshold=threshold, **options)
     z = SCALE * (cos_y - MARGIN)
     return (objective(z, out) if threshold is None else objective(z, threshold) + out).mean()
+
+
+def stepping(problem: Problem, how: str, **options):
+    """(loss, what is to be done after its backward) of the triton head with a step of the rows."""
+    problem.step_inside(how)
+    loss = by_head("triton", problem, **options)
+    problem.rows.grad = problem.sink.buffer
+    return loss, problem.optimizer.step
 
 
 def by_eager(problem: Problem, autocast: bool):
@@ -140,6 +172,37 @@ def check(device, shapes: list[tuple[int, int, int]]) -> list[dict]:
     return results
 
 
+def check_steps(device, shapes: list[tuple[int, int, int]]) -> list[dict]:
+    """Relative errors (2-norm) of what three steps add to the rows, and of the optimizer's state, against torch.optim in
+    float64 behind the dense head."""
+    results = []
+    for shape, kind, name, how in itertools.product(shapes, ("classifier", "vpl"), ("sgd", "adamw"), INSIDE):
+        problem = Problem(kind, *shape, device)
+        start, exact = problem.rows.clone(), problem.double()
+        stable = {"eps": 1e-2} if name == "adamw" else {}  # the first steps are signs of the gradient else
+        problem.optimize(name, **stable)
+        exact.optimize(name, **stable, fused=False)
+        for _ in range(3):
+            loss, after = stepping(problem, how, precision="fp32", store_mb=0.0)
+            loss.backward()
+            after()
+            by_head("dense", exact).backward()
+            exact.rows.grad = exact.sink.buffer
+            exact.optimizer.step()
+        row = dict(kind=kind, optimizer=name, how=how, **dict(zip("BCD", shape)), ok=problem.sink.buffer is None)
+        state, expected = problem.optimizer.state[problem.rows], exact.optimizer.state[exact.rows]
+        pairs = {key: (state[key], expected[key]) for key in expected if key != "step"}
+        pairs["rows"] = problem.rows.double() - start, exact.rows - start
+        for key, (found, wanted) in pairs.items():
+            row[f"{key}_error"] = ((found - wanted).norm() / wanted.norm()).item()
+            # What a step adds to the rows is rounded as the rows are.
+            most = 2e-5 if key != "rows" else 2e-5 + 3 * 2**-24 * (start.norm() / wanted.norm()).item()
+            row["ok"] &= row[f"{key}_error"] <= most
+        results.append(row)
+        print({k: f"{v:.2g}" if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    return results
+
+
 # --- time --------------------------------------------------------------------------------------------------------------
 
 
@@ -187,20 +250,29 @@ def variants(kind: str, blocks: list[int]) -> dict:
                 label = " ".join(filter(None, ("triton", precision, name, f"block {block}" if block else "")))
                 act = functools.partial(by_head, "triton", precision=precision, store_mb=store, block=block)
                 found[label] = act, precision
+        if kind != "memory":
+            for how in ("step after", *INSIDE):
+                act = functools.partial(stepping, how=how, precision=precision, store_mb=0.0)
+                found[f"triton {precision} recomputed, {how}"] = act, precision
     return found
 
 
 def once(problem: Problem, act) -> dict[str, float]:
     """Times and extra memory of one forward and backward."""
-    problem.x.grad = None
+    problem.x.grad = problem.rows.grad = None
+    if problem.sink is not None:
+        problem.step_inside(act.keywords.get("how"))
+        problem.columns()  # makes the gradient's buffer, which is not the head's, or frees it
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     events, host = [torch.cuda.Event(enable_timing=True) for _ in range(3)], time.perf_counter()
     events[0].record()
-    loss = act(problem)
+    loss, after = act(problem) if act.func is stepping else (act(problem), None)
     events[1].record()
     loss.backward()
+    if after is not None:
+        after()
     events[2].record()
     host = 1e3 * (time.perf_counter() - host)
     torch.cuda.synchronize()
@@ -213,7 +285,9 @@ def measure(kind: str, batch: int, identities: int, size: int, options, rate: di
     runs = {name: [] for name in variants(kind, options.blocks)}
     failed = {}
     problem = Problem(kind, batch, identities, size, torch.device("cuda"))
-    problem.columns()  # makes the gradient's buffer, which is not the head's
+    if problem.sink is not None:
+        problem.optimize(options.optimizer)
+        BlockUpdate(problem.optimizer, problem.rows).begin()  # makes the state, which is not the head's
     for repeat in range(options.repeats + WARM_UP):
         for name, (act, _) in variants(kind, options.blocks).items():
             if name in failed or (options.only and not any(word in name for word in options.only)):
@@ -258,6 +332,7 @@ def main() -> None:
     parser.add_argument("--kinds", type=lambda text: text.split(","), default=list(KINDS), help=",".join(KINDS))
     parser.add_argument("--blocks", type=numbers, default=[0], metavar="K,...", help="rows of a chunk; 0: the default")
     parser.add_argument("--only", type=lambda text: text.split(","), help="variants with one of these words, as bf16,eager")
+    parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="of the variants with a step")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--tiles-only", action="store_true")
@@ -267,10 +342,12 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no GPU: nothing measured")
     device = torch.device("cuda")
-    checked = check(device, [(256, 20_000, 512), (1, 5000, 512), (333, 7001, 96), (64, 3001, 33), (16, 2, 512)])
+    shapes = [(256, 20_000, 512), (1, 5000, 512), (333, 7001, 96), (64, 3001, 33), (16, 2, 512)]
+    checked, steps = check(device, shapes), check_steps(device, shapes)
     write_csv(options.out / "kernels_check.csv", checked)
-    if not all(row["ok"] for row in checked):
-        raise SystemExit("gradients differ, see ok in kernels_check.csv: nothing measured")
+    write_csv(options.out / "kernels_steps_check.csv", steps)
+    if not all(row["ok"] for row in checked + steps):
+        raise SystemExit("gradients or steps differ, see ok in kernels_check.csv, kernels_steps_check.csv: nothing measured")
     if options.check_only:
         return
     times = []

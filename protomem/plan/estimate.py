@@ -87,8 +87,10 @@ def _optimizers(case: Case) -> Phase:
     if case.key_encoder:
         moved += 3 * case.encoder.weights
     if case.source != "memory":
-        fused = case.config.optimizer.fuse_prototypes  # the gradient comes from the head's cache
-        moved += (passes - fused) * float(case.active * case.row)
+        o, spared = case.config.optimizer, 0
+        if o.fuse_prototypes:  # the gradient comes from the head's cache; where one kernel does both, the weight is there, too
+            spared = 2 if case.config.head.backend == "triton" and o.fused is not False else 1
+        moved += (passes - spared) * float(case.active * case.row)
     elif case.learns:
         moved += 5 * 4.0 * case.active * case.size  # step, norm, division
     floor = moved / (d.bandwidth * 1e12)
