@@ -35,15 +35,17 @@ A chunk at B = 1024, D = 512, K = 8192 (the default there: 2 K (B + D) bytes = 2
             and momentum read and written, 67.1 MB in all for 117.4 (AdamW: 100.7 for 151.0);
             of L2, besides: v 8.4 MB; e written once and read D / BD = 4 times; partial sums of d x 2.1 MB times their number
             (4 on 132 processors) and G 16.8 MB, both written and read
-Four kernels are launched for a chunk forward and two backward, with the step or without; four where e is computed again. At 10 microseconds a launch
-that is not far from the time of the products themselves at this shape: `block` is the first thing to measure.
+Four kernels are launched for a chunk forward and two backward, with the step or without; four where e is computed again. At 10
+microseconds a launch that is not far from the time of the products themselves at this shape: `block` is the first thing to
+measure.
 benchmarks/kernels.py checks the gradients on a GPU and then measures.
 
 With sub-centres (`centers` rows for an identity) a tile [BM, BN] is of identities. The logits kernel takes the products with
 their first rows, their second ones and so on, and keeps the largest cosine and which it was in registers: the maxima and sums,
-e [B, K / centers] and with it the winners [B, K / centers] (int8 with bf16 operands, else int32) are per identity. add_dx and row_grads take e for the winner
-and 0 for the other rows, so each product still has the FLOPs of all rows. Chunks are whole identities. At B = 1024, D = 512
-and three sub-centres, bf16 operands, a chunk is K = 12288 rows of 4096 identities (2 B + B + 2 * 3 D bytes each, 24 MiB):
+e [B, K / centers] and with it the winners [B, K / centers] (int8 with bf16 operands, else int32) are per identity. add_dx and
+row_grads take e for the winner and 0 for the other rows, so each product still has the FLOPs of all rows. Chunks are whole
+identities. At B = 1024, D = 512 and three sub-centres, bf16 operands, a chunk is K = 12288 rows of 4096 identities (2 B + B +
+2 * 3 D bytes each, 24 MiB):
     FLOPs   2 B K D = 12.9 G for each product
     bytes   of HBM: w 25.2 MB, read and written as above; of L2, besides: v 12.6 MB; e 8.4 MB and winners 4.2 MB, read `centers`
             times as often as above, 3 D / BD = 12 times
@@ -150,8 +152,8 @@ class _Chunks:
     def exps(self, chunks: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """Of each chunk (exponentials [B, K / centers], which sub-centre was the nearest; None where there is one)."""
         shape = chunks, self.b, self.k // self.centers
-        winners = self.x.new_empty(shape, dtype=self.winner) if self.centers > 1 else [None] * chunks
-        return list(zip(self.x.new_empty(shape), winners))
+        winners = self.x.new_empty(shape, dtype=self.winner).unbind() if self.centers > 1 else [None] * chunks
+        return list(zip(self.x.new_empty(shape).unbind(), winners))
 
     def per_tile(self, *chunks: int, dtype=torch.float32) -> torch.Tensor:
         return self.x.new_empty(*chunks, self.t, self.b, dtype=dtype)
