@@ -98,8 +98,8 @@ class Problem:
         if self.sink is not None:
             self.sink.begin(self.rows.detach())
         unit = self.kind == "memory"
-        rows, given = self.rows.detach(), dict(injection=self.injection, centers=self.centers)
-        return Columns(rows, self.target, self.sink, unit=unit, **given)
+        rows = self.rows.detach()
+        return Columns(rows, self.target, self.sink, unit=unit, injection=self.injection, centers=self.centers)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         return {"dx": self.x.grad} | ({"rows": self.sink.buffer} if self.sink is not None else {})
