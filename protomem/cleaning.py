@@ -209,8 +209,8 @@ def _records(path: str, lenient: bool, given: bool, trained: dict):
         raise UserError(f"{error} (these are the data of the run; --data names where they are now)") from None
     if not given and trained.get("data", records.fingerprint) != records.fingerprint:
         raise UserError(
-            f"{path} has changed since the run was trained, so its labels may mean others; put the data back, or name a set with "
-            "the same identities with --data"
+            f"{path} has changed since the run was trained, so its labels may mean others; put the data back, or name a set "
+            "of the same identities with --data"
         )
     return records
 
@@ -221,7 +221,8 @@ def _check_output(output: Path, force: bool, sources: list[Path]) -> None:
     if not force:
         raise UserError(f"{output} exists; --force replaces it")
     if not (output / SUMMARY).is_file() or output.is_symlink():
-        raise UserError(f"{output} was not written by this command, so --force does not replace it; choose another folder")
+        why = "was not written by this command, so --force does not replace it"
+        raise UserError(f"{output} {why}; choose another folder")
     for source in sources:
         if output.resolve() in (source.resolve(), *source.resolve().parents):
             raise UserError(f"{output} holds {source}, which is read; choose another folder")

@@ -187,8 +187,8 @@ def clean(
     prototypes.sub_centers=1. The dominant prototype is the one that is nearest to most images of the identity; a run with a
     single prototype of each will do, too. OUTPUT gets train.rec, train.idx, property (images as they are stored, identities
     with the same numbers, also those that have no image left), the columns beside the data, dropped.csv, clean.json,
-    angles.png and dropped.png: look at these before you train. 75 degrees suit a fully trained network; --list-only --angle 0
-    lists the angle of every image. Works under torchrun, too.
+    angles.png and dropped.png: look at these before you train. Which angle parts the two humps of angles.png depends on the
+    run; --list-only --angle 0 lists the angle of every image. Works under torchrun, too.
     """
     from protomem import cleaning
 
