@@ -85,7 +85,8 @@ class Work:
     batch B; rows: of the shard, C, or so many of them as are timed; size D; block: rows of a chunk, 0 to choose them, too;
     kept: share of the exponentials that stay for the backward, in eighths; learns: the rows have a gradient; memory: they
     are unit rows, of which some may hold nothing; half: they are stored in bf16; mixed: features are mixed in (VPL);
-    centers: rows of each identity. Not timed, since tiles hardly bear on it: live rows, hardest negatives, EPL's second term, an update inside the backward.
+    centers: rows of each identity. Not timed, since tiles hardly bear on it: live rows, hardest negatives, EPL's second term,
+    an update inside the backward.
     """
 
     batch: int
