@@ -91,9 +91,8 @@ def test_the_fused_update_is_that_of_whole_gradients(world):
     optimizers = [name for name in slow.OPTIMIZERS if "adamw" not in name or world == 1]
 
     def work():
-        return [
-            (slow.trained(o, True, "triton", torch.float32), slow.trained(o, False, "blocked", torch.float64)) for o in optimizers
-        ]
+        ways = (True, "triton", torch.float32), (False, "blocked", torch.float64)
+        return [[slow.trained(o, *way) for way in ways] for o in optimizers]
 
     for results in run_ranks(world, work):
         for name, (found, expected) in zip(optimizers, results):

@@ -56,7 +56,18 @@ STORES = (0, 0.004, 16)  # exponentials of no chunk, of one or two, of all
 
 
 def problem(
-    batch, classes, size, centers=1, unit=False, hidden=False, own=False, live=False, share=0.0, mapped=False, opposite=False, **_
+    batch,
+    classes,
+    size,
+    centers=1,
+    unit=False,
+    hidden=False,
+    own=False,
+    live=False,
+    share=0.0,
+    mapped=False,
+    opposite=False,
+    **_,
 ) -> dict:
     """Tensors of the whole problem, float64 numbers that float32 holds exactly (but unit vectors)."""
     g = torch.Generator().manual_seed(batch * 1000 + classes)

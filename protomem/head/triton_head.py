@@ -131,8 +131,8 @@ class _Chunks:
         self.t = self.k // n
         self.starts = range(0, self.c, self.k) if self.c else ()
         self.dtype = torch.bfloat16 if half else torch.float32
-        # Triton 3.7 makes TF32 of an exact fp32 product on compute capability 10.0 where an operand was computed from numbers of
-        # less than 32 bits (triton-lang/triton issue 10176).
+        # On compute capability 10.0 Triton 3.7 makes TF32 of an exact fp32 product where an operand was computed from numbers
+        # of less than 32 bits (triton-lang/triton issue 10176).
         self.winner = torch.int8 if half else torch.int32
         self.x = x.detach().to(self.dtype).contiguous()
         self.width = 1 << (self.d - 1).bit_length()
