@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from protomem import distributed, flight, lock, optim, state
 from protomem.background import Saver
+from protomem.elastic import starting
 from protomem.errors import UserError
 from protomem.files import remove_temporaries, replace_file
 from protomem.redact import without_secrets
@@ -55,6 +56,21 @@ def _begun_by_this_job(mark: Path, restarted: bool) -> bool:
     return again and bool(_job()) and mark.is_file() and mark.read_text(errors="replace") == _job()
 
 
+def _check_identity(run, path, info: dict) -> None:
+    """Raises UserError if a checkpoint is a position in other data, or of another model."""
+    for key, value in identity(run).items():
+        if key == "data" and info["run"].get(key, value) != value:
+            raise UserError(
+                f"{run.records.path} has changed since checkpoint {path} was written, which is a position in the old data; put "
+                "them back, or start anew with another output folder"
+            )
+        if info["run"].get(key, value) != value:
+            raise UserError(
+                f"checkpoint {path} was made with {key}={info['run'].get(key)}, this run has {value}; restore it, or "
+                "start anew with checkpoint.resume=none and another output folder"
+            )
+
+
 def resume(run) -> Path | None:
     """Load the checkpoint that this run goes on from into its parts, and return it; None for a start. Collective."""
     # A machine that came back counts from 0 again.
@@ -73,22 +89,15 @@ def resume(run) -> Path | None:
         except OSError as error:
             raise lock.unwritable(run.folder, error) from None
 
-    distributed.main_first(find)
+    with starting():
+        distributed.main_first(find)
     path = distributed.broadcast_object(str(found or "") if run.context.is_main else None)
     if not path:
         return None
     info = state.read_info(path)
-    for key, value in identity(run).items():
-        if key == "data" and info["run"].get(key, value) != value:
-            raise UserError(
-                f"{run.records.path} has changed since checkpoint {path} was written, which is a position in the old data; put "
-                "them back, or start anew with another output folder"
-            )
-        if info["run"].get(key, value) != value:
-            raise UserError(
-                f"checkpoint {path} was made with {key}={info['run'].get(key)}, this run has {value}; restore it, or "
-                "start anew with checkpoint.resume=none and another output folder"
-            )
+    info["run"].setdefault("sub_centers", 1)  # of a checkpoint from before there were any
+    with starting():  # reading, which another start may bring off, stays outside
+        _check_identity(run, path, info)
     more = tuple(f"sampler.{name}" for name in run.memory.sampler_tensors()) if run.memory else ()
     info, loaded = state.load(path, modules(run), run.optimizers, more)
     run.step, run.tiles = info["step"], info.get("tiles")

@@ -11,7 +11,10 @@ Legend: N images, C identities, K prototypes of each, D feature size, B batch ov
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
+import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,16 +35,21 @@ from protomem.errors import UserError
 from protomem.evaluate.extract import PRECISIONS
 
 
+OURS = re.compile(r"train\.(rec|idx|index\.cache|verified\.json|.+\.npy)|property|clean\.json|dropped\.(csv|png)|angles\.png")
+
+
 class _InOrder:
-    """Every record once, in order, as a sampler of one epoch; the last batch is filled up with the last record."""
+    """These records once, in order, as a sampler of one epoch; the last batch is filled up with the last record."""
 
     together = 1
 
-    def __init__(self, count: int, batch_size: int):
-        self.count, self.batch_size, self.steps_per_epoch = count, batch_size, -(-count // batch_size)
+    def __init__(self, positions: np.ndarray, batch_size: int):
+        self.positions, self.batch_size = positions, batch_size
+        self.steps_per_epoch = -(-len(positions) // batch_size)
 
     def batch(self, epoch: int, step: int) -> np.ndarray:
-        return np.minimum(np.arange(step * self.batch_size, (step + 1) * self.batch_size), self.count - 1)
+        at = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        return self.positions[np.minimum(at, len(self.positions) - 1)]
 
 
 def angles_to_rows(x: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, first: int) -> torch.Tensor:
@@ -63,10 +71,15 @@ def measure(encoder, rows: torch.Tensor, identities: int, records, settings, con
     image has the same place in the same shape of batch at every world size, unless all of them fill no batch. An image that
     cannot be decoded is not usable; with skip=False it raises UserError on every rank.
     """
-    world, count, device = context.world_size, len(records), context.device
-    batch_size = min(batch_size, -(-count // world))
+    world, count, device, bad = context.world_size, len(records), context.device, known_bad(records)
+    if len(bad) and not skip:
+        raise _corrupt(records, int(bad[0]))
+    positions = np.setdiff1d(np.arange(count), bad)
+    if not len(positions):
+        raise UserError(f"{records.path}: not one of the {count:,} records can be decoded")
+    batch_size = min(batch_size, -(-len(positions) // world))
     first, _ = distributed.shard_bounds(identities, context.rank, world)
-    sampler, sizes = _InOrder(count, batch_size * world), [batch_size] * world
+    sampler, sizes = _InOrder(positions, batch_size * world), [batch_size] * world
     angles, usable = np.zeros((count, rows.shape[1]), np.float32), np.zeros(count, bool)
     loader = make_loader(
         records,
@@ -80,11 +93,10 @@ def measure(encoder, rows: torch.Tensor, identities: int, records, settings, con
         threads=settings.data.threads,
         prefetch=settings.data.prefetch,
         on_corrupt="skip",  # so that all ranks hear of it
-        bad_positions=known_bad(records),
     )
     half = settings.encoder.precision
     autocast = torch.autocast(device.type, dtype=PRECISIONS[half], enabled=half != "fp32")
-    with contextlib.closing(loader), torch.no_grad(), progress_bar("measuring", count, context.is_main) as advance:
+    with contextlib.closing(loader), torch.no_grad(), progress_bar("measuring", len(positions), context.is_main) as advance:
         for batch in loader.epoch(0):
             wanted = sampler.batch(0, batch.step)
             with autocast:
@@ -98,9 +110,15 @@ def measure(encoder, rows: torch.Tensor, identities: int, records, settings, con
             labels = torch.from_numpy(np.where(sound, records.labels[wanted], -1)).to(device)
             found = distributed.all_reduce(angles_to_rows(x[:, :-1], labels, rows, first))
             if context.is_main:
-                here = wanted[: count - wanted[0]]  # without what fills up the last batch
+                here = wanted[: len(positions) - batch.step * sampler.batch_size]  # without what fills up the last batch
                 angles[here], usable[here] = found[: len(here)].cpu().numpy(), sound[: len(here)]
             advance(len(wanted))
+    if not np.isfinite(angles[usable]).all():
+        position = int(np.flatnonzero(usable & ~np.isfinite(angles).all(1))[0])
+        raise UserError(
+            f"the embedding of record {position} ({records.where(position)}), or a prototype of its identity, is not finite; use "
+            "an earlier checkpoint, or a run with encoder.precision=fp32"
+        )
     return angles, usable
 
 
@@ -150,7 +168,7 @@ def clean(
 ) -> None:
     """What `protomem data clean` does. Collective."""
     context = distributed.init(device)
-    temporary, made, located = output.parent / f".{output.name}.writing", [], []
+    temporary, made, located = output.parent / f".{output.name}.writing-{os.getpid()}", [], []
     try:
         # One rank looks: the run may be training, and write a newer one meanwhile.
         distributed.main_first(lambda: located.append(state.locate(run)))
@@ -166,10 +184,9 @@ def clean(
 
         def prepare():
             records = _records(path, lenient, data is not None, info.get("run", {}))
-            _check_output(output, force, [Path(records.path), checkpoint])
-            if temporary.exists():  # of a command that was killed
-                shutil.rmtree(temporary)
-            made.append(_or_user_error(output, lambda: temporary.mkdir(parents=True)))
+            _check_output(output, force, [*_files_of(records), checkpoint])
+            _or_user_error(output, lambda: _make(temporary))
+            made.append(temporary)
 
         distributed.main_first(prepare)
         records = open_records(path, strict=not lenient)
@@ -215,7 +232,18 @@ def _records(path: str, lenient: bool, given: bool, trained: dict):
     return records
 
 
+def _files_of(records) -> list[Path]:
+    """The data's own folder or file, and where its parts really lie."""
+    path = Path(records.path)
+    inside = sorted(path.iterdir()) if path.is_dir() else sorted(path.parent.glob(path.name))
+    return [path, *inside, *(part for part in [getattr(records, "rec", None)] if part)]
+
+
 def _check_output(output: Path, force: bool, sources: list[Path]) -> None:
+    here = output.resolve()
+    for source in sources:  # class folders would have an identity more
+        if source.resolve() in here.parents:
+            raise UserError(f"{output} lies within {source}, which is read; choose another folder")
     if not output.exists() and not output.is_symlink():
         return
     if not force:
@@ -224,8 +252,20 @@ def _check_output(output: Path, force: bool, sources: list[Path]) -> None:
         why = "was not written by this command, so --force does not replace it"
         raise UserError(f"{output} {why}; choose another folder")
     for source in sources:
-        if output.resolve() in (source.resolve(), *source.resolve().parents):
+        if here in (source.resolve(), *source.resolve().parents):
             raise UserError(f"{output} holds {source}, which is read; choose another folder")
+    for path in sorted(output.iterdir()):
+        if path.is_dir() or not OURS.fullmatch(path.name):
+            raise UserError(f"{output} also holds {path.name}, which this command did not write; choose another folder")
+
+
+def _make(temporary: Path) -> None:
+    """An empty folder; removes those of killed commands that were to become the same one."""
+    for old in temporary.parent.glob(glob.escape(temporary.stem) + ".writing-*"):
+        process = old.name.rpartition("-")[2]
+        if not process.isdigit() or not Path("/proc", process).exists():
+            shutil.rmtree(old, ignore_errors=True)
+    temporary.mkdir(parents=True)
 
 
 def _or_user_error(output: Path, act):

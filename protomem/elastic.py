@@ -12,6 +12,7 @@ import sys
 from protomem.errors import UserError
 
 PR_SET_PDEATHSIG = 1
+RESTARTED = "PROTOMEM_RESTARTED"  # in the environment of ranks that their machine has started before
 REFUSED = 78  # exit code of a rank whose start was refused (EX_CONFIG of sysexits.h); see protomem/torchrun.py
 
 
@@ -39,7 +40,7 @@ def starting(env=os.environ):
     try:
         yield
     except (UserError, SystemExit) as error:
-        again = any(int(env.get(k, 0)) for k in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+        again = any(int(env.get(k, 0)) for k in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", RESTARTED))
         if "TORCHELASTIC_RUN_ID" in env and "PROTOMEM_ELASTIC" not in env and not again:
             error.code = REFUSED
         raise

@@ -7,10 +7,12 @@ then takes minutes, and its line stands in the log as many times. Ranks that end
 
 from __future__ import annotations
 
+import os
+
 from torch.distributed import run
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-from protomem.elastic import REFUSED
+from protomem.elastic import REFUSED, RESTARTED
 
 
 def main() -> None:
@@ -24,7 +26,14 @@ def main() -> None:
             agent._remaining_restarts = 0
         return result
 
-    LocalElasticAgent._monitor_workers = look
+    restart = getattr(LocalElasticAgent, "_restart_workers", None)
+
+    def again(agent, *given, **more):
+        os.environ[RESTARTED] = "1"  # ranks inherit it; torch counts no restart that another machine caused
+        return restart(agent, *given, **more)
+
+    if restart is not None:
+        LocalElasticAgent._monitor_workers, LocalElasticAgent._restart_workers = look, again
     run.main()
 
 

@@ -23,6 +23,7 @@ from protomem.errors import UserError
 from protomem.files import replace_file
 from protomem.gradients import LossScaler, clip_gradients
 from protomem.head import tuning
+from protomem.launcher import choose_device, detect_launcher, ranks_here
 from protomem.memory_run import MemoryRun
 from protomem.metrics import RunLog
 from protomem.report import write_report
@@ -109,10 +110,10 @@ class Run:
 
     def run(self, stop: StopRequest) -> bool:
         """Train up to the end, or until `stop` was asked for; whether it was the end."""
-        with starting():
-            resumed = checkpointing.resume(self)
-        c = self.config
-        tuned = self._tune() if c.head.tune else None
+        resumed, c, tuned = checkpointing.resume(self), self.config, None
+        if c.head.tune and self.step < self.total:
+            with starting():
+                tuned = self._tune()
         try:
             self.log = RunLog(
                 self.folder,
@@ -318,6 +319,7 @@ class Run:
         flight.at_step(self.step + 1)
         self.interval["since"] += time.monotonic() - start  # evaluating and saving is not training time
 
+
 def train(config: DictConfig, stop: StopRequest | None = None) -> bool:
     """Train as the config says, on all ranks that the launcher started; False if a signal stopped it, all being saved.
 
@@ -327,6 +329,9 @@ def train(config: DictConfig, stop: StopRequest | None = None) -> bool:
     flight.nccl_records(folder)
     with contextlib.ExitStack() as listening:
         stop = stop or listening.enter_context(StopRequest())
+        with starting():
+            launcher, _, _, local_rank = detect_launcher()
+            choose_device(config.distributed.device, local_rank, ranks_here(launcher))
         context = distributed.init(config.distributed.device, timeout_s)
         with watched(config.output, timeout_s, context.device), lock.one_run(folder, timeout_s):
             with starting():

@@ -249,6 +249,16 @@ def test_what_is_there_is_not_overwritten(noisy, tmp_path):
     assert "was not written by this command" in run("clean", folder / "run", tmp_path / "mine", "--force", code=2)
     data = ("--data", tmp_path / "out")
     assert "which is read" in run("clean", folder / "run", tmp_path / "out", "--force", *data, code=2)
+    (tmp_path / "link").mkdir()
+    for path in (tmp_path / "out").iterdir():
+        (tmp_path / "link" / path.name).symlink_to(path)
+    data = ("--data", tmp_path / "link")
+    assert "which is read" in run("clean", folder / "run", tmp_path / "out", "--force", *data, code=2)
+    shutil.rmtree(tmp_path / "link")
+    (tmp_path / "out" / "run").mkdir()
+    assert "also holds run, which" in run("clean", folder / "run", tmp_path / "out", "--force", code=2)
+    assert "lies within" in run("clean", folder / "run", folder / "set" / "cleaned", code=2)
+    assert not (folder / "set" / "cleaned").exists() and (tmp_path / "out" / "run").exists()
     assert "raise --angle" in run("clean", folder / "run", tmp_path / "none", "--angle", 0, code=2)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == ["mine", "out"]
     assert "exists; --force" in run("clean", folder / "run", ".", code=2)
@@ -285,3 +295,21 @@ def test_errors(noisy, small_set, tmp_path):
     assert "record 5 (" in run("clean", folder / "run", tmp_path / "c", "--data", bad, code=2)
     text = run("clean", folder / "run", tmp_path / "c", "--data", bad, "--skip-corrupt", "--angle", 180)
     assert "247 of 248 images kept" in text and "cannot be decoded: 1 images" in text
+
+
+def test_an_identity_that_cannot_be_read_is_told_as_empty(noisy, tmp_path):
+    folder, _ = noisy
+    records = open_records(folder / "set")
+    with RecordWriter(tmp_path / "bad", classes=31) as writer:
+        for i in range(len(records)):
+            writer.add(b"no image" if records.label(i) == 3 else records.bytes(i), records.label(i))
+    run("verify", tmp_path / "bad", code=1)  # they are known then, and nothing looks for others in their place
+    options = ("--data", tmp_path / "bad", "--skip-corrupt", "--angle", 180)
+    assert "1 identities have no image left and keep their number: 3" in run("clean", folder / "run", tmp_path / "out", *options)
+
+
+def test_embeddings_that_are_no_numbers_are_not_dropped_but_told(tmp_path, monkeypatch):
+    write_set(tmp_path / "set", pictures())
+    monkeypatch.setattr(Encoder, "forward", lambda self, x: torch.full((len(x), SIZE), float("nan")))
+    text = run_ranks(1, lambda: measured(tmp_path / "set", 3, 2, True))[0]
+    assert "record 0 (" in text and "is not finite" in text

@@ -30,7 +30,7 @@ def write_cleaned(folder: Path, records, found, facts: dict[str, Any], list_only
     found: a Findings (protomem/cleaning.py). Raises UserError if no image is kept (not with list_only), and OSError.
     """
     labels, dropped = np.asarray(records.labels), found.usable & ~found.keep
-    before, after = np.unique(labels[found.usable]), np.unique(labels[found.keep])
+    before, after = np.unique(labels[(labels >= 0) & (labels < records.num_classes)]), np.unique(labels[found.keep])
     emptied = np.setdiff1d(before, after, assume_unique=True)
     edges = np.arange(0, 181, _BIN)
     facts = facts | {
@@ -61,7 +61,7 @@ def write_cleaned(folder: Path, records, found, facts: dict[str, Any], list_only
 def _pack(folder: Path, records, keep: np.ndarray) -> None:
     kept = np.flatnonzero(keep)
     with RecordWriter(folder, classes=records.num_classes) as writer, progress_bar("packing", len(kept)) as advance:
-        for position in kept.tolist():
+        for position in map(int, kept):  # not a list of so many numbers
             writer.add(records.bytes(position), records.label(position))
             advance(1)
 

@@ -169,7 +169,7 @@ class _Scratch:
             share = 0.15 * (torch.rand(work.rows, generator=g, device=device) < 0.04)
             self.columns.injection = Injection(F.normalize(random(work.rows, work.size)), None, share)
         self.threshold = torch.full((1,), 10.0, device=device) if work.threshold else None
-        self.negatives = Negatives(torch.ones_like, torch.ones_like, filter_above=0.4) if work.filtered else None
+        self.negatives = interclass_filter(0.4) if work.filtered else None
         exponentials = _exponentials(work.batch, work.rows, work.precision, work.centers)
         self.store_mb = 1e9 if work.kept == 1 else work.kept * exponentials / 2**20
 
