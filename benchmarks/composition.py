@@ -105,6 +105,7 @@ UNDEFINED = {
     "sampled, missed steps made up for × AdamW": [
         *("prototypes.source=sampled", "optimizer.untouched=exact", "optimizer.name=adamw"),
     ],
+    "tiles chosen by the clock × deterministic": ["head.backend=triton", "head.tune=true", "train.deterministic=true"],
     **{
         f"update inside the backward × {name}": ["optimizer.fuse_prototypes=true", setting]
         for name, setting in {

@@ -169,6 +169,8 @@ def _encoder_mistakes(config: DictConfig) -> Iterator[str]:
 
 def _optimizer_mistakes(config: DictConfig) -> Iterator[str]:
     o = config.optimizer
+    if config.head.tune and config.train.deterministic:
+        yield "head.tune=true with train.deterministic=true: the clock would choose the order of sums; use one of the two"
     if o.name == "lamb" and config.prototypes.source == "sampled":
         yield "optimizer.name=lamb has no row-sparse form; use sgd or adamw with prototypes.source=sampled"
     if o.nesterov and o.momentum == 0:

@@ -279,7 +279,7 @@ class _Head(torch.autograd.Function):
             nearest.row = best_at
         if softmax:
             none = top <= HIDDEN / 2
-            cos_y, out = combine(own_cos, top.masked_fill(none, float("-inf")), total.masked_fill(none, 0), scale)
+            cos_y, out = combine(own_cos, top.masked_fill(none, float("-inf")), total, scale)  # 0 there, or not a number
             level = out
         else:
             sums = distributed.all_reduce(torch.stack([own_cos, total, share]))

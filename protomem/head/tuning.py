@@ -1,15 +1,16 @@
 """Tiles and chunk size of the triton head, chosen by timing them on the GPU at hand (head.tune). Not yet run on a GPU.
 
 Rank 0 times the forward and backward of the head on made-up tensors of the run's shapes, once for each candidate, and takes
-the fastest. Every rank computes with that choice, from the first step of the run to the last.
+the fastest. Every rank computes with that choice, from the first step of the run to the last, unless the run goes on with
+other shapes (another world size), another GPU or other versions: then it is timed anew.
 
 head.tune is off by default (our decision). Other tiles sum in another order, so with it the last bits of a run depend on
 which of two near equals the clock preferred on that day: two runs of one config need not be the same bit for bit. One run is
 with itself: its choice is part of its checkpoints and is taken from there, and from `tiles-*.json` in the cache folder
 (protomem/files.py) for other runs with the same GPU, kernels, shapes and parts; only where neither has it, it is timed.
 
-Whoever takes the fastest prefers the kernel that leaves work out: what a candidate computes is compared with the first
-one's, and one that differs is passed over, as are those that a GPU or its compiler refuses.
+Whoever takes the fastest prefers the kernel that leaves work out: what a candidate computes is compared with the blocked
+head's, and one that differs is passed over, as are those that a GPU or its compiler refuses.
 
 Legend: B batch, C rows of the shard, D feature size, K rows of a chunk.
 """
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from protomem import distributed
 from protomem.errors import UserError
 from protomem.files import cache_folder, read_json, replace_file
+from protomem.head.blocked import blocked_head
 from protomem.head.contract import Columns, GradSink, Injection, Negatives
 from protomem.head.triton_head import CENTER_TILES, TILES, Tiles, chunk_rows, triton_head
 
@@ -70,8 +72,8 @@ TRIED_CENTERS = {
 CHUNKS = (1.0, 0.5, 2.0, 4.0)  # of chunk_rows
 NUMBERS = 2**25  # of the rows that are timed, 128 MiB in fp32: more than an L2 cache holds (our default)
 PREFERRED = 1.02  # the default stays unless another is faster by this factor (ours): less hangs on the clock's noise
-# Relative difference of two candidates' gradients that is rounding alone (ours); with sub-centres in both precisions the larger
-# one, since the last bit says which of two is nearer.
+# Relative difference to the blocked head's gradients in fp32 that is rounding alone (ours); with sub-centres in both precisions
+# the larger one, since the last bit says which of two is nearer.
 SAME = {"bf16": 0.02, "fp32": 1e-4}
 WARM_UP, REPEATS = 3, 20
 
@@ -147,13 +149,18 @@ def milliseconds(act: Callable[[], None], repeats: int = REPEATS) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
+_FILTER = Negatives(
+    value=lambda cos, _: cos * (cos <= 0.4), slope=lambda cos, _: (cos <= 0.4).to(cos.dtype), filter_above=0.4
+)
+
+
 class _Scratch:
     """Tensors of the shapes of a Work, and its forward and backward on them. The global random streams are left alone."""
 
     def __init__(self, work: Work, device: torch.device):
         g = torch.Generator(device).manual_seed(0)
         random = lambda *shape: torch.randn(*shape, generator=g, device=device)  # noqa: E731
-        self.work, self.first = work, None
+        self.work = work
         self.x = F.normalize(random(work.batch, work.size)).requires_grad_()
         rows = random(work.rows, work.size)
         if work.memory:
@@ -169,27 +176,43 @@ class _Scratch:
             share = 0.15 * (torch.rand(work.rows, generator=g, device=device) < 0.04)
             self.columns.injection = Injection(F.normalize(random(work.rows, work.size)), None, share)
         self.threshold = torch.full((1,), 10.0, device=device) if work.threshold else None
-        self.negatives = interclass_filter(0.4) if work.filtered else None
+        self.negatives = _FILTER if work.filtered else None
         exponentials = _exponentials(work.batch, work.rows, work.precision, work.centers)
         self.store_mb = 1e9 if work.kept == 1 else work.kept * exponentials / 2**20
 
     def __call__(self, tiles: Tiles, block: int) -> None:
+        self._step(triton_head, precision=self.work.precision, store_mb=self.store_mb, block=block, tiles=tiles)
+
+    def _step(self, head: Callable, **options) -> None:
         self.x.grad = None
         if self.columns.sink is not None:
             self.columns.sink.begin(self.columns.rows)
-        options = dict(precision=self.work.precision, store_mb=self.store_mb, block=block, tiles=tiles)
-        cos_y, out = triton_head(self.x, self.columns, 64.0, self.negatives, self.threshold, **options)
+        cos_y, out = head(self.x, self.columns, 64.0, self.negatives, self.threshold, **options)
         (cos_y.sum() + out.sum()).backward()
 
-    def difference(self) -> float:
-        """Of the last gradients to the first ones, relative (2-norm), the larger of x's and the rows'; NaN where they are."""
-        if self.x.grad is None:
-            return 0.0
+    def reference(self) -> None:
+        """Computes what candidates are compared with: the blocked head in fp32."""
+        self._step(blocked_head)
+        self.right = self._gradients()
+
+    def forget(self) -> None:
+        """A candidate that writes no gradient must not find another's."""
+        self.x.grad = None
+        if self.columns.sink is not None:
+            self.columns.sink.buffer.fill_(float("nan"))
+
+    def _gradients(self) -> list[torch.Tensor]:
         found = [self.x.grad.clone()]
         if self.columns.sink is not None:
-            found.append(self.columns.sink.buffer[::8].clone())  # some of every tile
-        self.first = self.first or found
-        apart = [(a - b).norm() / b.norm().clamp_min(1e-30) for a, b in zip(found, self.first)]
+            found.append(self.columns.sink.buffer[:: 8 * self.work.centers + 1].clone())  # some of every tile, and of every centre
+        return found
+
+    def difference(self) -> float:
+        """Of the last gradients to the right ones, relative (2-norm), the larger of x's and the rows'; NaN where they are. 0 if
+        nothing ran."""
+        if self.x.grad is None:
+            return 0.0
+        apart = [(a - b).norm() / b.norm().clamp_min(1e-30) for a, b in zip(self._gradients(), self.right)]
         return torch.stack(apart).max().item()  # max() in Python passes over a NaN
 
 
@@ -197,8 +220,10 @@ def times(work: Work, device: torch.device, timer: Callable | None = None) -> li
     """Of each candidate (choice, milliseconds of a forward and backward, ""), or (choice, inf, why it cannot be used)."""
     found, scratch = [], _Scratch(work, device)
     with distributed.alone():
+        scratch.reference()
         for choice in candidates(work):
             try:
+                scratch.forget()
                 ms, different = (timer or milliseconds)(functools.partial(scratch, *choice)), scratch.difference()
                 most = SAME["bf16" if work.centers > 1 else work.precision]
                 why = "" if different <= most else f"its gradients differ by {different:.2g}"
@@ -268,9 +293,12 @@ def _find(work: Work, device: torch.device, stored, timer: Callable | None) -> d
     if timer is None and device.type != "cuda":
         raise UserError("head.tune=true times kernels on a GPU, and there is none; remove it")
     print(f"head.tune: timing {len(candidates(work))} candidates, each compiled first; minutes, once", flush=True)
-    found = times(work, device, timer)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    try:
+        found = times(work, device, timer)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    except RuntimeError as error:  # no room for the made-up tensors, or a candidate has left the GPU unusable
+        raise UserError(f"head.tune=true: {' '.join(str(error).split())[:200]}; set head.tune=false") from None
     (tiles, block), ms, _ = min(found, key=lambda entry: entry[1])
     if ms == float("inf"):
         raise UserError(f"head.tune=true: no candidate can be used here ({found[0][2]}); set head.tune=false")
