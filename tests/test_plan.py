@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,15 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from protomem import build, config, distributed, interval, step
+from protomem.block_update import BlockUpdate
 from protomem.data.pipeline import normalise
 from protomem.data_parallel import data_parallel, settle_buckets
 from protomem.errors import UserError
-from protomem.head import Columns, GradSink, blocked, blocked_head
+from protomem.head import Columns, GradSink, blocked, blocked_head, triton_head
+from protomem.optim import build_optimizer
 from protomem.plan import advice, estimate, hardware, scale, show
 from protomem.plan.case import make_case
 from protomem.plan.collectives import collectives
 from protomem.plan.encoder import encoder_cost
-from protomem.plan.memory import rank_bytes
+from protomem.plan.memory import _head_work, rank_bytes
 from protomem.trainer import Run
 from tests.ranks import run_ranks
 from tests.test_cli import protomem
@@ -408,3 +411,40 @@ def test_identities_of_a_set_that_is_here(small_set):
     case = case_of(f"data.train={small_set}")
     assert (case.identities, case.images) == (31, 248)
     assert case_of(f"data.train={small_set}", identities=77).identities == 77
+
+
+@pytest.mark.parametrize(
+    "identities, centers, fuse, precision, store",
+    [
+        (50_000, 1, "false", "bf16", 16),
+        (50_000, 1, "true", "bf16", 16),
+        (50_000, 1, "false", "bf16", 2000),
+        (50_000, 1, "false", "fp32", 100),
+        (20_000, 3, "false", "bf16", 16),
+        (20_000, 3, "true", "fp32", 2000),
+    ],
+)
+def test_bytes_of_the_triton_head(identities, centers, fuse, precision, store, monkeypatch):
+    """What it allocates, while its kernels do nothing."""
+    monkeypatch.setattr(triton_head, "check", lambda device: None)
+    monkeypatch.setattr(triton_head, "launch", lambda *a, **k: None)
+    names = ("operands", "merge", "finish", "logits", "add_dx", "row_grads", "finish_sgd")
+    monkeypatch.setattr(triton_head.kernels, "load", lambda: (SimpleNamespace(**dict.fromkeys(names)),) * 3)
+    b, d = 512, 512
+    settings = ("head.backend=triton", f"head.precision={precision}", f"head.store_mb={store}", f"train.batch_size={b}")
+    settings += (f"prototypes.sub_centers={centers}", f"optimizer.fuse_prototypes={fuse}", f"encoder.embedding_size={d}")
+    case, live = case_of(*settings, "encoder.name=small", identities=identities), Live()
+    rows = torch.nn.Parameter(torch.ones(centers * identities, d))
+    sink, x = GradSink(), torch.nn.functional.normalize(torch.randn(b, d)).requires_grad_()
+    if fuse == "true":
+        sink.update = BlockUpdate(build_optimizer([{"params": [rows]}], "sgd", lr=0.1, fused=True), rows)
+    sink.begin(rows.detach())
+    stays = [sink.buffer] if fuse == "false" else sink.update.optimizer.state[rows].values()
+    for tensor in (x, rows, *stays):
+        live.see(tensor)
+    before = live.now
+    with live:
+        columns = Columns(rows.detach(), torch.zeros(b, dtype=torch.long), sink, centers=centers)
+        cos_y, lse = triton_head.triton_head(x, columns, 64.0, precision=precision, store_mb=store)
+        (lse - cos_y).sum().backward()
+    assert _head_work(case, 4.0 * b * d) == pytest.approx(live.peak - before, rel=0.05)

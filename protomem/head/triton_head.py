@@ -69,6 +69,7 @@ from protomem.head.operands import Operands
 from protomem.head.targets import own_gradients, own_prototypes
 from protomem.head.triton_rows import HIDDEN, fill_sink, live_gradient
 
+PROCESSORS = 132  # of an H100, where none is asked
 L2_BYTES = 24 * 2**20  # of exponentials and operands in a chunk, both bf16 (our default: half of an H100's cache)
 
 
@@ -209,7 +210,7 @@ class _Chunks:
         if self.emulated:
             return min(2, self.t)
         programs = -(-self.b // self.tiles.m) * -(-self.d // self.tiles.d)
-        processors = torch.cuda.get_device_properties(self.x.device).multi_processor_count if self.x.is_cuda else 132
+        processors = torch.cuda.get_device_properties(self.x.device).multi_processor_count if self.x.is_cuda else PROCESSORS
         return max(1, min(processors // programs, self.t))
 
     def add_dx(self, start, exps, v, inverse, tops, top, rescale, out) -> None:

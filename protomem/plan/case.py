@@ -16,6 +16,7 @@ from protomem.distributed import shard_bounds
 from protomem.errors import UserError
 from protomem.head.blocked import block_rows
 from protomem.head.operands import has_units
+from protomem.head.triton_head import Tiles, chunk_rows, default_tiles
 from protomem.plan.encoder import EncoderCost, encoder_cost
 from protomem.plan.hardware import Device, Fabric
 from protomem.schema import Config
@@ -108,26 +109,49 @@ class Case:
         return self.source != "memory" or self.config.prototypes.memory.gradient == "sgd"
 
     @functools.cached_property
+    def tiles(self) -> Tiles | None:
+        """Of the triton head, as its table has them."""
+        h = self.config.head
+        return default_tiles(h.precision, self.centers) if h.backend == "triton" else None
+
+    @functools.cached_property
     def block(self) -> int:
-        """Rows of a block of the head: whole identities."""
-        k = self.centers
-        wanted = self.config.head.block or block_rows(self.views * self.batch)
-        return min(-(-wanted // k) * k, max(1, k * self.active))
+        """Rows of a block of the head, or of a chunk of the triton head: whole identities, or tiles of them."""
+        k, b, rows = self.centers, self.views * self.batch, max(1, self.centers * self.active)
+        if self.tiles is None:
+            return min(-(-(self.config.head.block or block_rows(b)) // k) * k, rows)
+        n = k * self.tiles.n
+        wanted = self.config.head.block or chunk_rows(b, self.size, self.tiles.n, k)
+        return min(-(-wanted // n) * n, -(-rows // n) * n)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.centers * self.active // self.block)
 
     @property
     def kept_bytes(self) -> int:
-        """Of each logit, or exponential, that is kept for the backward."""
-        c = self.config
-        units = self.device.kind == "cpu" and c.head.precision == "bf16" and has_units(torch.device("cpu"))
+        """Of what is kept for the backward of one block: logits, or exponentials; with the triton head these, which sub-centre
+        was the nearest, and the tiles' maxima."""
+        c, b = self.config, self.views * self.batch
+        half = c.head.precision == "bf16"
+        if self.tiles is not None:
+            each = (2 if half else 4) + (self.centers > 1) * (1 if half else 4)
+            return b * (self.block // self.centers * each + 4 * self.tiles_of_a_block)
+        units = self.device.kind == "cpu" and half and has_units(torch.device("cpu"))
         plain = c.margin.filter_above == 0 and c.margin.criterion == "softmax" and c.prototypes.injection.weight == 0
-        plain = plain and self.centers == 1
-        return 2 if units and plain and c.prototypes.memory.gradient != "batch" else 4
+        light = units and plain and self.centers == 1 and c.prototypes.memory.gradient != "batch"
+        return (2 if light else 4) * b * self.block
+
+    @property
+    def tiles_of_a_block(self) -> int:
+        return self.block // (self.centers * self.tiles.n)
 
     @property
     def kept_blocks(self) -> int:
         """Blocks of which something is kept for the backward."""
-        store, one = int(self.config.head.store_mb * 2**20), self.views * self.batch * self.block * self.kept_bytes
-        return min(-(-self.centers * self.active // self.block), store // max(1, one))
+        if self.tiles is not None and not self.learns:
+            return 0
+        return min(self.blocks, int(self.config.head.store_mb * 2**20) // max(1, self.kept_bytes))
 
     @property
     def key_encoder(self) -> bool:

@@ -19,6 +19,7 @@ from protomem.plan.memory import moments
 BLOCK_KERNELS = {"fp32": 38, "bf16": 44}
 CENTER_KERNELS = 19, 6  # more with sub-centres, and for each after the first
 BLOCK_PASSES = 24
+TRITON_PASSES = 4  # over exponentials: written, and read by two products, one of them a part of D at a time (an assumption)
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ def _head(case: Case) -> Phase:
     k, b, rows, size, n = case.centers, case.views * case.batch, case.centers * case.active, case.size, len(case.parts)
     rate = d.half if c.head.precision == "bf16" else d.full
     one = 2.0 * b * rows * size * n
-    blocks = -(-rows // case.block)
-    again = 1 - case.kept_blocks / max(1, blocks) if c.head.backend == "blocked" else 0.0
+    blocks = case.blocks
+    done = c.head.backend == "dense" or (case.tiles is not None and not case.learns)  # triton's dX is complete in the forward
+    again = 0.0 if done else 1 - case.kept_blocks / max(1, blocks)
     gemms, terms = 2 + case.learns, 1
     if c.prototypes.empirical.enabled:  # a second term, whose rows are constants, one for each identity
         terms += 1 / k
@@ -73,6 +75,8 @@ def _head(case: Case) -> Phase:
     moved = 4.0 * rows * size * gemms * n
     floor = max(one * gemms / (rate * 1e12), moved / (d.bandwidth * 1e12))
     passes = BLOCK_PASSES * 4.0 * b * rows * n * terms
+    if case.tiles is not None:
+        passes = TRITON_PASSES * float(case.kept_bytes) * blocks * n
     work = one * (gemms + again) / (rate * 1e12 * GEMM_EFFICIENCY) + passes / (d.bandwidth * 1e12)
     each = BLOCK_KERNELS[c.head.precision] + (CENTER_KERNELS[0] + CENTER_KERNELS[1] * (k - 1) if k > 1 else 0)
     kernels = blocks * each * n if c.head.backend == "blocked" else 0

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from protomem.head.operands import has_units
+from protomem.head.triton_head import PROCESSORS
 from protomem.missed_steps import MOST
 from protomem.plan.case import Case
 from protomem.plan.hardware import CONTEXT_GB, FRAGMENTS, NCCL_GB
@@ -108,14 +109,14 @@ def _prototypes(case: Case) -> dict[str, float]:
 
 
 def _head_buffers(case: Case) -> dict[str, float]:
-    if case.config.head.backend == "dense":
+    if case.config.head.backend != "blocked":  # the triton head's come and go
         return {}
     one = 4 * case.views * case.batch * case.block
-    kept, scratch = one * case.kept_bytes / 4 * case.kept_blocks, 2 * one
+    kept, scratch = case.kept_bytes * case.kept_blocks, 2 * one
     if case.config.prototypes.empirical.enabled:  # a second term with blocks of its own, which may be of another size
         second = case.with_setting("prototypes.sub_centers=1") if case.centers > 1 else case
         one = 4 * case.views * case.batch * second.block
-        kept += one * second.kept_bytes / 4 * second.kept_blocks
+        kept += second.kept_bytes * second.kept_blocks
         scratch += 2 * one if second.block != case.block else 0
     return {
         "kept logits (head.store_mb)": kept,
@@ -160,13 +161,20 @@ def _gathered(case: Case, features: float) -> dict[str, float]:
 
 
 def _head_work(case: Case, features: float) -> float:
-    """The head's own, beside its buffers: target rows and dX [V B, D], norms [C], and what a block needs."""
+    """The head's own, beside its buffers: what looks for the nearest own sub-centres, or the rest, which comes later."""
+    return max(_block_work(case, features), case.centers * features if case.centers > 1 else 0.0)
+
+
+def _block_work(case: Case, features: float) -> float:
+    """Target rows and dX [V B, D], norms [C], and what a block needs."""
     rows, block, b = case.centers * case.active, case.block, case.views * case.batch
     work = 3 * features
     if case.config.head.backend == "dense":  # logits, masks and their gradients, the rows' unit form and its gradient
         logits, whole = 4 * b * rows, 4 * rows * case.size  # measured: autograd frees the ones before the others
         return work + max(5 * whole + logits / 2, 4.5 * logits + 2 * whole)
     work += 4 * rows  # inverse norms
+    if case.tiles is not None:
+        return work + _triton_work(case, b, rows)
     if case.centers > 1:  # logits of identities, which prototype each is; the gradient's way back
         work += 5 * b * block / case.centers + 5 * b * block
     if case.source == "memory" and case.config.prototypes.memory.storage == "bf16":
@@ -185,6 +193,25 @@ def _head_work(case: Case, features: float) -> float:
     if case.config.prototypes.empirical.enabled and case.source == "sampled":
         work += case.active * (4 * case.size + 1)
     return work
+
+
+def _triton_work(case: Case, b: int, rows: int) -> float:
+    """What the triton head keeps, and the larger of its forward and backward, beside what all heads have."""
+    c, d, block, again = case.config, case.size, case.block, case.kept_blocks < case.blocks
+    half, tiles = c.head.precision == "bf16", case.tiles
+    copied = half or c.prototypes.injection.weight > 0 or c.prototypes.memory.storage == "bf16"
+    operand = (2 if half else 4) * block * d if copied else 0
+    chunk = case.kept_bytes if again else 0
+    programs = -(-b // tiles.m) * -(-d // tiles.d)
+    splits = max(1, min(PROCESSORS // programs, case.tiles_of_a_block))
+    statistics = 2 * 4 * case.tiles_of_a_block * b
+    forward = chunk + operand + statistics + 4 * splits * b * d
+    backward = 0
+    if case.learns:
+        backward = chunk + (operand + statistics if again else 0) + 4 * block * d + 12 * b + 8 * rows
+        if c.optimizer.fuse_prototypes and c.optimizer.fused is False:
+            backward += 4 * block * d
+    return case.kept_bytes * case.kept_blocks + (2 * b * d if half else 0) + max(forward, backward)
 
 
 def _optimizer_work(case: Case) -> dict[str, float]:
