@@ -78,6 +78,7 @@ FIRST = {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "0"}
         ({**FIRST, "TORCHELASTIC_RESTART_COUNT": "1"}, 2),  # a machine may have lost a disk meanwhile
         ({**FIRST, "SLURM_RESTART_COUNT": "1"}, 2),
         ({**FIRST, "PROTOMEM_ELASTIC": "1"}, 2),  # a machine that comes back counts from 0
+        ({**FIRST, "PROTOMEM_RESTARTED": "1"}, 2),  # another machine's rank was lost, which torch counts there alone
     ],
 )
 def test_which_start_is_refused_for_good(env, code):
@@ -90,7 +91,7 @@ def test_which_start_is_refused_for_good(env, code):
     assert UserError("another one").code == 2
 
 
-@pytest.mark.parametrize("mistake", ["train.batchsize=3", "data.train=/nowhere", "checkpoint.resume=/nowhere"])
+@pytest.mark.parametrize("mistake", ["train.batchsize=3", "data.train=/nowhere", "checkpoint.resume=/nowhere", "distributed.device=cuda"])
 def test_a_rank_tells_that_its_start_was_refused(small_set, tmp_path, mistake):
     given = settings(small_set, tmp_path / "run", mistake)
     assert command(given, lambda: None, FIRST) == REFUSED

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing as mp
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from benchmarks import kernels
 from protomem import build, config, distributed, trainer
 from protomem.errors import UserError
 from protomem.head import Columns, triton_head, tuning
+from protomem.head.blocked import blocked_head
 from protomem.head.contract import combine
 from tests import test_composition
 from tests.ranks import run_ranks
@@ -89,6 +91,32 @@ def test_what_cannot_run_is_passed_over(caplog):
     assert [r.message.count("cannot be used: ") for r in caplog.records] == [1, 1] and "shared memory" in caplog.text
     with pytest.raises(UserError, match="no candidate can be used here .OutOfResources: shared memory.; set head.tune=false"):
         chosen(Clock(usual=OutOfResources("shared memory")), tuning.work(**SHAPE, mixed=True))
+
+
+@pytest.mark.parametrize("centers", [1, 2, 3])
+def test_the_fastest_must_compute_the_same(centers, monkeypatch):
+    """A kernel that leaves the rows' gradient, or that of one sub-centre, is the fastest; also where the default does not run."""
+    work = tuning.work(**{**SHAPE, "precision": "fp32", "rows": 6000, "centers": centers})
+    default, idle, partial, right = tuning.candidates(work)[:4]
+
+    def head(x, columns, scale, negatives, threshold, tiles, block, **_):
+        if (tiles, block) == default:
+            raise RuntimeError("no room")
+        sink, choice = columns.sink, (tiles, block)
+        given = columns if choice not in (idle, partial) else replace(columns, sink=None)
+        found = blocked_head(x, given, scale, negatives, threshold)
+        if choice == partial:  # all but the last of each identity's rows
+            sink.buffer.copy_(scratch[0])
+            sink.buffer[centers - 1 :: centers] = 0
+        return found
+
+    scratch, reference = [], tuning._Scratch.reference
+    monkeypatch.setattr(tuning._Scratch, "reference", lambda s: (reference(s), scratch.append(s.columns.sink.buffer.clone())))
+    monkeypatch.setattr(tuning, "triton_head", head)
+    ms = {idle: 1.0, partial: 2.0, right: 3.0}
+    found = {choice: why for choice, _, why in tuning.times(work, CPU, lambda act: (act(), ms.get(act.args, 9.0))[1])}
+    assert found[right] == "" and "no room" in found[default]
+    assert found[idle] == "its gradients differ by nan" and "differ by" in found[partial]
 
 
 def test_a_gpu_is_needed_to_time_anything():
