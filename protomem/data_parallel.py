@@ -17,7 +17,7 @@ def data_parallel(module: torch.nn.Module, device: torch.device) -> torch.nn.Mod
     if distributed.world_size() == 1:
         return module
     ddp = torch.nn.parallel.DistributedDataParallel
-    # torch 2.13 renamed the switch; 2.11 has only the old name.
+    # torch 2.13 renamed the switch; before it has only the old one.
     renamed = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters
     switch = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     ids = [device.index] if device.type == "cuda" else None

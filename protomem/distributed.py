@@ -175,7 +175,7 @@ def batch_bounds(n: int, rank: int, world: int, together: int = 1) -> tuple[int,
 
 
 # --- collectives ---------------------------------------------------------------------------------------------------
-# torch 2.13 renamed the flat collectives; 2.11 has only the old names.
+# torch 2.13 renamed the flat collectives; before it has only the old names.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
