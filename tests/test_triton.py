@@ -38,7 +38,7 @@ OLD_INTERPRETER = triton is not None and version(triton) < (3, 7) and version(np
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}
 TYPES[torch.int8] = "i8"
-SPILLED = 128  # bytes of a thread's registers that a candidate of head.tune may lose to memory
+SPILLED = 192  # bytes of a thread's registers that a candidate of head.tune may lose to memory; Triton 3.6 loses 176 on sm_100
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use, by compute capability x 10
 
 
