@@ -41,7 +41,7 @@ from protomem.head.triton_head import CENTER_TILES, TILES, Tiles, chunk_rows, tr
 log = logging.getLogger(__name__)
 
 # The default first. All are within the shared memory of compute capability 8.0, and compiled for 8.0, 9.0 and 10.0 no program
-# spills more than 128 bytes of a thread's registers, most none (tests/test_triton.py).
+# spills more than 128 bytes of a thread's registers (Triton 3.6: 176), most none (tests/test_triton.py).
 TRIED = {
     "bf16": [
         TILES["bf16"],
