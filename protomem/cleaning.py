@@ -113,8 +113,9 @@ def measure(encoder, rows: torch.Tensor, identities: int, records, settings, con
                 here = wanted[: len(positions) - batch.step * sampler.batch_size]  # without what fills up the last batch
                 angles[here], usable[here] = found[: len(here)].cpu().numpy(), sound[: len(here)]
             advance(len(wanted))
-    if not np.isfinite(angles[usable]).all():
-        position = int(np.flatnonzero(usable & ~np.isfinite(angles).all(1))[0])
+    unknown = np.flatnonzero(usable & ~np.isfinite(angles).all(1))  # rank 0 alone has them, and all have to hear of it
+    position = distributed.broadcast_object(int(unknown[0]) if len(unknown) else None)
+    if position is not None:
         raise UserError(
             f"the embedding of record {position} ({records.where(position)}), or a prototype of its identity, is not finite; use "
             "an earlier checkpoint, or a run with encoder.precision=fp32"

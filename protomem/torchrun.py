@@ -16,8 +16,8 @@ from protomem.elastic import REFUSED, RESTARTED
 
 
 def main() -> None:
-    monitor = getattr(LocalElasticAgent, "_monitor_workers", None)
-    if monitor is None:  # it is private: a torch that has renamed it starts refused ranks again, as torchrun does
+    monitor, restart = (getattr(LocalElasticAgent, name, None) for name in ("_monitor_workers", "_restart_workers"))
+    if monitor is None or restart is None:  # private; without them this is plain torchrun
         return run.main()
 
     def look(agent, *given, **more):
@@ -26,14 +26,11 @@ def main() -> None:
             agent._remaining_restarts = 0
         return result
 
-    restart = getattr(LocalElasticAgent, "_restart_workers", None)
-
     def again(agent, *given, **more):
         os.environ[RESTARTED] = "1"  # ranks inherit it; torch counts no restart that another machine caused
         return restart(agent, *given, **more)
 
-    if restart is not None:
-        LocalElasticAgent._monitor_workers, LocalElasticAgent._restart_workers = look, again
+    LocalElasticAgent._monitor_workers, LocalElasticAgent._restart_workers = look, again
     run.main()
 
 

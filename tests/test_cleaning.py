@@ -308,8 +308,9 @@ def test_an_identity_that_cannot_be_read_is_told_as_empty(noisy, tmp_path):
     assert "1 identities have no image left and keep their number: 3" in run("clean", folder / "run", tmp_path / "out", *options)
 
 
-def test_embeddings_that_are_no_numbers_are_not_dropped_but_told(tmp_path, monkeypatch):
+@pytest.mark.parametrize("world", [1, 2])
+def test_embeddings_that_are_no_numbers_are_not_dropped_but_told(world, tmp_path, monkeypatch):
     write_set(tmp_path / "set", pictures())
     monkeypatch.setattr(Encoder, "forward", lambda self, x: torch.full((len(x), SIZE), float("nan")))
-    text = run_ranks(1, lambda: measured(tmp_path / "set", 3, 2, True))[0]
-    assert "record 0 (" in text and "is not finite" in text
+    for text in run_ranks(world, lambda: measured(tmp_path / "set", 3, 2, True)):
+        assert "record 0 (" in text and "is not finite" in text
